@@ -168,7 +168,11 @@ def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
         raise CheckpointCorruptError(f"no name of a file: {error}", file=repr(name)) from error
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-            raise CheckpointCorruptError(f"no plain file: {error.strerror}", file=name) from error
+            if os.path.isfile(folder):
+                text = f"{folder} is a file, and no folder of a checkpoint"
+            else:
+                text = f"no plain file: {error.strerror}"
+            raise CheckpointCorruptError(text, file=name) from error
         raise
 
 

@@ -35,6 +35,18 @@ class Selection:
     """From the state dict's flat names to the checkpoint's: a mapping of names or of prefixes that
     end in a dot, or a function; None: the names are the same."""
 
+    def check_types(self) -> None:
+        """Raise TypeError for keys that are no strings, or another `rename` than it takes."""
+        keys: object = self.keys
+        rename: object = self.rename
+        if keys is not None and not (
+            isinstance(keys, Collection) and all(isinstance(key, str) for key in keys)
+        ):
+            raise TypeError(f"keys must be a name, or a list of names or patterns, got {keys!r}")
+        if not (rename is None or isinstance(rename, Mapping) or callable(rename)):
+            kind = type(rename).__name__
+            raise TypeError(f"rename must be a dict of names or a function, got {kind}")
+
     def choose(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The part of the flat state dict to load.
 

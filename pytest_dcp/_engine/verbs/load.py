@@ -29,6 +29,7 @@ from pytest_dcp._engine.verbs.load_steps import Load, LoadRequest
 from pytest_dcp._engine.verbs.storage_for_id import reader_for, subject_of
 from pytest_dcp._engine.verbs.torch_arguments import (
     allow_positional_storage,
+    check_planner,
     check_state_dict,
     is_stateful,
     resolve_no_dist,
@@ -113,6 +114,7 @@ def load(
         check_state_dict(state_dict)
         storage_reader = reader_for(storage_reader, checkpoint_id, **options)
         chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
+        chosen.check_types()
         planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
         if verify is not None:
             checked_verify(verify)
@@ -141,6 +143,7 @@ def _planner_for(
         return DefaultLoadPlanner(
             allow_partial_load=not strict, weights_only=weights_only, selection=selection
         )
+    check_planner(planner, "LoadPlanner")
     if not strict or not weights_only or selection != Selection():
         raise ValueError(
             "strict, keys, rename and weights_only are for the default planner: give them to "

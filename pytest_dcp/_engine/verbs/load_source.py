@@ -93,11 +93,16 @@ class LoadSource:
             try:
                 return self.reader.read_metadata(rank=rank), False
             except FileNotFoundError as own:
-                raise CheckpointError(
-                    f"no checkpoint in {self.where}: "
-                    f"it has neither metadata for all ranks ({whole}) nor for rank {rank} "
-                    f"alone ({own})"
-                ) from whole
+                raise CheckpointError(self._describe_missing(rank, whole, own)) from whole
+
+    def _describe_missing(self, rank: int, whole: Exception, own: Exception) -> str:
+        where = self.where
+        if isinstance(where, os.PathLike) and not os.path.exists(where):
+            return f"no checkpoint in {where}: the folder does not exist"
+        return (
+            f"no checkpoint in {self.where}: it has neither metadata for all ranks ({whole}) nor "
+            f"for rank {rank} alone ({own})"
+        )
 
     def set_up(self, found: FoundCheckpoint, team: Team) -> None:
         """Hand the reader the metadata that plans will be made from."""

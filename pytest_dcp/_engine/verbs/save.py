@@ -39,6 +39,7 @@ from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 from pytest_dcp._engine.verbs.torch_arguments import (
     accepts_parameter,
     allow_positional_storage,
+    check_planner,
     check_state_dict,
     resolve_no_dist,
     resolve_stateful,
@@ -149,6 +150,7 @@ def planner_for(planner: SavePlanner | None, replicas: ReplicaCheck | None) -> S
     """The given planner, or a default one with this option; only the default one takes it."""
     if planner is None:
         return DefaultSavePlanner(replicas=replicas)
+    check_planner(planner, "SavePlanner")
     if replicas is not None:
         raise ValueError(
             f"replicas= is for the default planner: give it to your {type(planner).__name__}"

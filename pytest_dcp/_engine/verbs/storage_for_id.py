@@ -21,6 +21,7 @@ Id = str | os.PathLike[str] | None
 def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
     """The storage to write to. `reset_to` sets a given storage to the id later."""
     if storage is not None:
+        _check_storage(storage, "write_data", "storage_writer must be a StorageWriter")
         return storage
     path = _check_id(checkpoint_id, "storage_writer")
     if not _is_url(path):
@@ -59,6 +60,7 @@ def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id)
 def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
     """The storage to read from, set to the id if one is given; only a new one takes the options."""
     if storage is not None:
+        _check_storage(storage, "read_metadata", "storage_reader must be a StorageReader")
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
@@ -71,13 +73,25 @@ def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any)
     return FsspecReader(path, **options)
 
 
+def _check_storage(storage: object, method: str, expected: str) -> None:
+    """Raise TypeError unless it has the method: clients' storages need not be torch's class."""
+    if not hasattr(storage, method):
+        folder = "; a folder is passed as checkpoint_id=" if _names_a_folder(storage) else ""
+        raise TypeError(f"{expected}, got {type(storage).__name__}{folder}")
+
+
+def _names_a_folder(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
 def _check_id(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
-    if checkpoint_id is not None and not isinstance(checkpoint_id, str | os.PathLike):
+    if checkpoint_id is not None and not _names_a_folder(checkpoint_id):
         kind = type(checkpoint_id).__name__
         raise TypeError(f"checkpoint_id must be a str or an os.PathLike, got {kind}")
     if not checkpoint_id:
         raise RuntimeError(
-            f"`checkpoint_id` must be specified if {argument} is None: say which folder"
+            f"`checkpoint_id` must be specified if {argument} is None: say which folder, "
+            "by checkpoint_id="
         )
     path: str | os.PathLike[str] = checkpoint_id
     return path

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from pytest_dcp._engine.verbs.call_events import CallEvents
@@ -17,6 +18,12 @@ from pytest_dcp.tracebacks import BOUNDARY, warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def check_planner(planner: SavePlanner | LoadPlanner, kind: str) -> None:
+    """Raise TypeError unless it is a planner; `kind` is the name of torch's class."""
+    if not hasattr(planner, "create_local_plan"):
+        raise TypeError(f"planner must be a {kind}, got {type(planner).__name__}")
 
 
 def is_stateful(value: Any) -> bool:
