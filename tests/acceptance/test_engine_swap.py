@@ -168,7 +168,7 @@ def test_the_ranks_of_torchrun_and_their_children_save_with_our_engine(folder: P
 def test_a_script_that_is_not_there_is_one_line(folder: Path) -> None:
     ran = run(folder, "-m", "pytest_dcp", "run", "nothing.py")
     assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1].endswith("error: there is no file 'nothing.py'")
+    assert ran.stderr.splitlines()[-1].endswith("error: there is no program 'nothing.py'")
 
 
 IN_A_PROCESS = """

@@ -20,6 +20,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryTable
 from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.verbs import wire_classes  # noqa: F401 - registers the classes to send
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -260,6 +260,8 @@ def _choose_loader(
 
 
 def _describe_broken(state: CrashState, problems: Sequence[str]) -> str:
+    if len({*problems}) == 1:  # neither state could be loaded, for one reason
+        problems = problems[:1]
     expectation = "the new state alone, which had been saved" if state.returned else "old or new"
     return (
         f"{state!r}: expected {expectation}; got {'; '.join(problems)}\n"
