@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.format import manifest, metadata_file, metadata_trailer
+from pytest_dcp._engine.format import manifest_columns, metadata_file, metadata_trailer
 from pytest_dcp._engine.format.entry import value_entry
 from pytest_dcp._engine.huggingface.file_names import INDEX_NAME
 
@@ -61,7 +61,7 @@ def make_manifest_header(folder: Path, scale: float) -> None:
     """A manifest whose header is 15 MB of empty lists."""
     start, _ = _honest_parts(folder)
     text = b'{"a":[' + b"[]," * int(5 * MIB * scale) + b"0]}"
-    body = manifest.MAGIC + struct.pack("<Q", len(text)) + text
+    body = manifest_columns.MAGIC + struct.pack("<Q", len(text)) + text
     path = folder / ".metadata"
     with path.open("ab") as file:
         os.truncate(path, start)

@@ -22,7 +22,7 @@ WITH_EXAMPLES = {
     "pytest_dcp._engine.coordinate.gloo_listener",
     "pytest_dcp._engine.coordinate.liveness",
     "pytest_dcp._engine.format.catalog",
-    "pytest_dcp._engine.format.manifest",
+    "pytest_dcp._engine.format.manifest_columns",
     "pytest_dcp._engine.io.commit",
     "pytest_dcp._engine.io.copy_plan",
     "pytest_dcp._engine.io.digests",

@@ -8,8 +8,8 @@ refer. The data of the planner and the storage is `[how, value]`:
     paths               the default planner's paths, in columns of the manifest (`planner_paths`)
     pickle              not plain: only the pickle for torch has it
 
-`manifest` writes and reads the header's bytes. Nothing read from a header is trusted: a value of
-another type raises ValueError, TypeError or LookupError.
+`manifest_columns` writes and reads the header's bytes. Nothing read from a header is trusted: a
+value of another type raises ValueError, TypeError or LookupError.
 """
 
 from __future__ import annotations

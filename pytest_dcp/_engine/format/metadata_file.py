@@ -4,7 +4,7 @@ Enters and leaves: a catalog and the file's bytes:
 
     pickle    for torch; `pickle.load` stops at its end (see `metadata_pickle`)
     zeros     up to the next multiple of 64
-    manifest  for the engine (see `manifest`)
+    manifest  for the engine (see `manifest_columns`)
     trailer   48 bytes: where both are, and their checksums (see `metadata_trailer`)
 
 Both parts are in one file, so one rename publishes both and they can
@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format import manifest_columns
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
 from pytest_dcp._engine.format.checksum import check_crc, crc32
@@ -50,7 +50,7 @@ FileBytes = bytes | bytearray | memoryview | mmap.mmap
 
 def encode(catalog: Catalog) -> list[bytes]:
     """The parts of the file, to be written one after the other."""
-    columns = manifest.encode(catalog)
+    columns = manifest_columns.encode(catalog)
     stock = pickle_metadata(catalog)
     gap = bytes(-len(stock) % ALIGNMENT)
     trailer = Trailer(
@@ -80,7 +80,7 @@ def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     part = view[start : start + trailer.manifest_length]
     check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
-        return manifest.decode(part, lambda: _checked_pickle(view, trailer), limit)
+        return manifest_columns.decode(part, lambda: _checked_pickle(view, trailer), limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
 
@@ -112,10 +112,10 @@ def read_by_ranges(
     check_crc("the manifest", part, trailer.manifest_crc, start)
     try:
         try:
-            return manifest.decode(part, _want_pickle, limit)
+            return manifest_columns.decode(part, _want_pickle, limit)
         except _PickleWantedError:
             pickle = yield 0, length
-        return manifest.decode(part, lambda: _checked_pickle(pickle, trailer), limit)
+        return manifest_columns.decode(part, lambda: _checked_pickle(pickle, trailer), limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
 

@@ -25,7 +25,7 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.plan_entries import match_entries
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import CopyRequest, ReadSettings, read_copies, read_values
-from pytest_dcp._engine.io.transformed_entries import plain_entry, tensor_of
+from pytest_dcp._engine.io.transformed_entries import plain_entry, tensor_part
 from pytest_dcp._engine.plan.boxes import Ints, volumes
 from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
@@ -79,11 +79,9 @@ class StoredItems:
     def decode_tensor(self, row: int) -> torch.Tensor:
         """The part that a row wants of a tensor whose entry passed through stream transforms."""
         ((_, entry),) = self.read_entries(np.array([row]))
-        tensor = tensor_of(entry, self.catalog, int(self.items.entry[row]))
         item = self.items[row]
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
+        box = item.storage_offsets, item.lengths
+        return tensor_part(entry, self.catalog, int(self.items.entry[row]), *box)
 
     def read_entries(self, rows: Ints) -> Iterator[tuple[int, bytes | memoryview]]:
         """Each of these rows with its entry, any stream transforms undone."""

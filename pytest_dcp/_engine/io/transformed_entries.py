@@ -1,9 +1,12 @@
-"""Entries that passed through stream transforms (compression), decoded whole and in bounds."""
+"""Entries that passed through stream transforms (compression): decoded whole, in bounds, then cut
+to the part to load.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import IO
 
 import torch
@@ -64,6 +67,20 @@ def plain_entry(
             entry=fqn,
         )
     return entry
+
+
+def tensor_part(
+    entry: bytes | memoryview,
+    catalog: Catalog,
+    row: int,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """A box of the stored chunk in a whole entry, sharing its memory."""
+    tensor = tensor_of(entry, catalog, row)
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def tensor_of(entry: bytes | memoryview, catalog: Catalog, row: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Which files of a folder a save removes, and when: a part of the writer of checkpoints in folders.
+"""When a save removes files of a folder, and by which rule: a part of the writer of checkpoints in
+folders. `io.commit` tells leftovers from the files of a checkpoint.
 
     leftovers of dead saves              before anything is written: a full disk then has room
     files of earlier saves               after the commit

@@ -2,7 +2,9 @@
 
 The rules are those of `unpickle.machine`. The format: CPython's Lib/pickletools.py. Opcodes of
 protocols 0 and 1 that protocol 2 replaced, and opcodes that no pickler emits for data (DUP, EXT,
-INST, OBJ ...), are refused.
+INST, OBJ ...), are refused. The ten that stand most often in checkpoints (MEMOIZE, BINGET,
+LONG_BINGET, BININT1, MARK, TUPLE1, TUPLE2, EMPTY_TUPLE, EMPTY_DICT, STOP) are in
+`interpreter._interpret` instead, for speed.
 """
 
 from __future__ import annotations

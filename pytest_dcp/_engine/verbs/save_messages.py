@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pytest_dcp._engine.coordinate.sent_classes import record
-from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format import manifest_columns
 from pytest_dcp._engine.format.catalog import Catalog, EntryTable
 from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.boxes import Ints
@@ -98,14 +98,14 @@ def encode_metadata(metadata: Metadata) -> EncodedMetadata | Metadata:
     catalog = Catalog.of(metadata)
     bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
     python_values = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
-    return EncodedMetadata(manifest.encode(bare), python_values)
+    return EncodedMetadata(manifest_columns.encode(bare), python_values)
 
 
 def decode_metadata(encoded: EncodedMetadata | Metadata) -> Metadata:
     """Undo `encode_metadata`."""
     if isinstance(encoded, Metadata):
         return encoded
-    bare = manifest.decode(memoryview(encoded.manifest), _no_pickle)
+    bare = manifest_columns.decode(memoryview(encoded.manifest), _no_pickle)
     planner_data, storage_meta, version, further = encoded.python_values
     catalog = replace(
         bare,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from pytest_dcp._engine.format import catalog_checks as checks
-from pytest_dcp._engine.format import manifest
+from pytest_dcp._engine.format import manifest_columns
 from pytest_dcp._engine.format import planner_paths as paths
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_catalog, checked_path
@@ -34,7 +34,7 @@ def decoded(data: bytes, whole: Metadata | None = None) -> Catalog:
             raise CheckpointCorruptError("the pickle was asked for")
         return whole
 
-    return manifest.decode(memoryview(data), read)
+    return manifest_columns.decode(memoryview(data), read)
 
 
 def two_tensors() -> Catalog:
@@ -69,7 +69,7 @@ def two_tensors() -> Catalog:
 
 @given(samples())
 def test_decodes_to_the_encoded_value(sample: Sample) -> None:
-    data = manifest.encode(sample.catalog)
+    data = manifest_columns.encode(sample.catalog)
 
     assert len(data) % 8 == 0
     assert same(decoded(data, sample.stock), sample.catalog)
@@ -77,7 +77,7 @@ def test_decodes_to_the_encoded_value(sample: Sample) -> None:
 
 @given(samples())
 def test_shows_torch_the_same_metadata(sample: Sample) -> None:
-    shown = decoded(manifest.encode(sample.catalog), sample.stock).metadata()
+    shown = decoded(manifest_columns.encode(sample.catalog), sample.stock).metadata()
 
     assert dict(shown.state_dict_metadata) == sample.stock.state_dict_metadata
     assert dict(shown.storage_data) == sample.stock.storage_data
@@ -86,7 +86,7 @@ def test_shows_torch_the_same_metadata(sample: Sample) -> None:
 
 
 def test_arrays_are_read_only_views_of_the_buffer() -> None:
-    data = bytearray(manifest.encode(two_tensors()))
+    data = bytearray(manifest_columns.encode(two_tensors()))
     catalog = decoded(data)  # type: ignore[arg-type]  # writable on purpose
     at = data.index(struct.pack("<4q", 0, 2, 3, 4))
     data[at : at + 8] = struct.pack("<q", 9)
@@ -119,7 +119,9 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
         rows,
         rows,
     )
-    found = decoded(manifest.encode(Catalog(index, EntryPlaces.nowhere(5), known))).planner_data
+    found = decoded(
+        manifest_columns.encode(Catalog(index, EntryPlaces.nowhere(5), known))
+    ).planner_data
 
     assert found == known
     assert known == found
@@ -130,7 +132,7 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
     assert type(pickle.loads(pickle.dumps(found))) is dict
     assert pickle.loads(pickle.dumps(found)) == known
     assert repr(found) == repr(dict(found))
-    again = decoded(manifest.encode(Catalog(index, EntryPlaces.nowhere(5), found)))
+    again = decoded(manifest_columns.encode(Catalog(index, EntryPlaces.nowhere(5), found)))
     assert again.planner_data == known
 
 
@@ -149,7 +151,7 @@ def test_paths_of_the_default_planner_need_no_pickle() -> None:
 )
 def test_planner_data_that_is_not_plain_comes_from_the_pickle(said: dict[str, Any]) -> None:
     catalog = replace(replace(two_tensors(), planner_data=None), **said)
-    found = decoded(manifest.encode(catalog), catalog.metadata())
+    found = decoded(manifest_columns.encode(catalog), catalog.metadata())
 
     assert same(found, catalog)
     assert describe_fields(found.planner_data) == describe_fields(catalog.planner_data)
@@ -157,7 +159,7 @@ def test_planner_data_that_is_not_plain_comes_from_the_pickle(said: dict[str, An
 
 def test_transforms_beyond_the_known_are_refused() -> None:
     some = {1: ("zstd",), 3: ("zstd",)}
-    data = manifest.encode(_places(transforms=some)(two_tensors()))
+    data = manifest_columns.encode(_places(transforms=some)(two_tensors()))
 
     assert decoded(data).places.transforms == some
     with pytest.raises(CheckpointCorruptError):
@@ -172,17 +174,17 @@ def test_a_form_that_does_not_fit_makes_no_path(name: str, form: tuple[int, ...]
 
 def test_a_path_as_checkpoint_id_keeps_its_class() -> None:
     catalog = replace(two_tensors(), storage_meta=StorageMeta(PosixPath("/a"), "s", "l", ["m"]))
-    found = decoded(manifest.encode(catalog)).storage_meta
+    found = decoded(manifest_columns.encode(catalog)).storage_meta
 
     assert found == catalog.storage_meta
     assert type(getattr(found, "checkpoint_id", None)) is PosixPath
 
 
 def test_a_header_too_long_to_be_read_is_not_written() -> None:
-    catalog = replace(two_tensors(), version="v" * manifest.MAX_HEADER_BYTES)
+    catalog = replace(two_tensors(), version="v" * manifest_columns.MAX_HEADER_BYTES)
 
     with pytest.raises(ValueError, match="header of at most"):
-        manifest.encode(catalog)
+        manifest_columns.encode(catalog)
 
 
 # ---- hostile bytes
@@ -190,7 +192,7 @@ def test_a_header_too_long_to_be_read_is_not_written() -> None:
 
 @given(samples(), st.data())
 def test_altered_bytes_are_refused_or_give_a_lawful_catalog(sample: Sample, data: Any) -> None:
-    raw = bytearray(manifest.encode(sample.catalog))
+    raw = bytearray(manifest_columns.encode(sample.catalog))
     for _ in range(data.draw(st.integers(1, 3))):
         _alter(raw, data)
     try:
@@ -464,7 +466,7 @@ def test_a_catalog_that_breaks_a_rule_is_refused(
     monkeypatch.setattr(checks, "_SLAB", slab)
     damage, expected, entry = BROKEN[case]
     check_catalog(two_tensors())
-    data = manifest.encode(damage(two_tensors()))
+    data = manifest_columns.encode(damage(two_tensors()))
 
     with pytest.raises(CheckpointCorruptError, match=expected) as caught:
         decoded(data)
@@ -534,7 +536,7 @@ def test_a_header_of_other_things_is_refused(case: str) -> None:
     damage, expected = HEADERS[case]
 
     with pytest.raises(CheckpointCorruptError, match=expected):
-        decoded(_with_header(manifest.encode(two_tensors()), damage))
+        decoded(_with_header(manifest_columns.encode(two_tensors()), damage))
 
 
 def _with_header(data: bytes, damage: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -550,15 +552,17 @@ def _with_header(data: bytes, damage: Callable[[dict[str, Any]], Any]) -> bytes:
     "text", [b"", b"[]", b"{", b"3", b"\xff{}", b"[" * 100_000, b'{"counts": ' + b"9" * 5000 + b"}"]
 )
 def test_a_header_that_is_none_is_refused(text: bytes) -> None:
-    data = b"".join([manifest.MAGIC, struct.pack("<Q", len(text)), text, bytes(-len(text) % 8)])
+    data = b"".join(
+        [manifest_columns.MAGIC, struct.pack("<Q", len(text)), text, bytes(-len(text) % 8)]
+    )
 
     with pytest.raises(CheckpointCorruptError):
         decoded(data)
 
 
-@pytest.mark.parametrize("length", [1 << 20, manifest.MAX_HEADER_BYTES + 1, (1 << 64) - 1])
+@pytest.mark.parametrize("length", [1 << 20, manifest_columns.MAX_HEADER_BYTES + 1, (1 << 64) - 1])
 def test_a_header_beyond_the_buffer_is_refused(length: int) -> None:
-    data = bytearray(manifest.encode(two_tensors()))
+    data = bytearray(manifest_columns.encode(two_tensors()))
     struct.pack_into("<Q", data, 8, length)
 
     with pytest.raises(CheckpointCorruptError, match="a header within"):
@@ -585,7 +589,7 @@ PATHS = {
 @pytest.mark.parametrize("case", PATHS)
 def test_paths_that_do_not_fit_are_refused(case: str) -> None:
     text, form = PATHS[case]
-    data = manifest.encode(replace(two_tensors(), planner_data={}))
+    data = manifest_columns.encode(replace(two_tensors(), planner_data={}))
     own = b'{"forms":[],"extra":[]}'
     text = text or own
     at = data.rindex(own)
