@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_dcp.api import ThisRank, current_rank
+from pytest_dcp.api import current_rank
 
 if TYPE_CHECKING:
-    from pytest_dcp.faults.crashes.crash_state import Search
     from pytest_dcp.faults.storage import FaultyStorage
 
 
@@ -37,13 +36,13 @@ def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iter
     from pytest_dcp.faults.storage import FaultyStorage
 
     options = read_fault_options(request.config)
-    search = Search(options.budget, options.replay or None)
     rank = current_rank()
     with contextlib.ExitStack() as stack:
         if rank is None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="dcp-faults-")))
         else:
             folder = rank.scratch_dir
+        search = Search(options.budget, options.replay or None, folder / "crash-states")
         storage = FaultyStorage(checkpoint_dir, folder, search=search)
         renewed = contextlib.nullcontext() if rank is None else rank.renew_for_examples(storage)
         with storage, renewed:
@@ -51,13 +50,6 @@ def faulty_storage(request: pytest.FixtureRequest, checkpoint_dir: Path) -> Iter
         # pytest keeps the exception of a test that failed: then that is what counts.
         if getattr(sys, "last_value", None) is None:
             storage.check()
-            if search.replay is not None:
-                _skip_unless_replayed(search, rank)
-
-
-def _skip_unless_replayed(search: Search, rank: ThisRank | None) -> None:
-    """Skip a test that asked for crash states, in which no rank tried the one to replay."""
-    answer = str(search.has_replayed()).encode()
-    answers = [answer] if rank is None else rank.meet("the crash state to replay", answer)
-    if b"False" in answers and b"True" not in answers:
-        pytest.skip(f"--dcp-fault-replay: {search.replay} is none of the states that it tries")
+        # In every rank, also in one whose test failed: ranks skip together or not at all.
+        if search.has_replayed() is False:
+            pytest.skip(f"--dcp-fault-replay: {search.replay} is none of the states that it tries")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import pytest
 
@@ -12,9 +13,10 @@ from pytest_dcp.command_line import Option, OptionReader
 FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
 """Names of budgets: about a second, and about two minutes, for a small checkpoint."""
 
-CRASH_MODELS = ("kill", "posix", "ext4-ordered", "nfs", "s3")
-"""Beginnings of the ids of crash states; `crashes.losses` has the models themselves."""
-CRASH_ID = re.compile(rf"({'|'.join(CRASH_MODELS)})-[0-9a-f]{{10}}")
+Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
+"""What a crash may lose, see `crashes.losses`; the beginning of a crash state's id."""
+MODELS: tuple[Model, ...] = get_args(Model)
+CRASH_ID = re.compile(rf"({'|'.join(MODELS)})-[0-9a-f]{{10}}")
 
 OPTIONS = (
     Option(
@@ -46,7 +48,7 @@ def read_fault_options(config: pytest.Config) -> FaultOptions:
     if replay and not CRASH_ID.fullmatch(replay):
         reader.refuse(
             "fault-replay",
-            "the id that a failed crash state printed: a model (" + ", ".join(CRASH_MODELS) + "), "
+            "the id that a failed crash state printed: a model (" + ", ".join(MODELS) + "), "
             "- and ten hexadecimal digits",
         )
     reader.raise_problems()

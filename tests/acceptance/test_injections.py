@@ -53,3 +53,5 @@ def test_a_test_that_tries_no_state_of_the_id_to_replay_is_skipped(
     session = make_suite({"test_replayed.py": "replayed.py"}).run(f"--dcp-fault-replay={crash}")
     for test in ("test_alone", "test_in_one_rank"):
         assert session.outcomes(test)["teardown"] == "skipped"
+    # The ranks end together also where one of them has failed.
+    assert session.outcomes("test_one_rank_fails") == {"call": "failed", "teardown": "skipped"}

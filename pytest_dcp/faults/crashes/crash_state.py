@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,30 +27,42 @@ from pytest_dcp.faults.crashes.loaders import (
     is_own_mistake,
     is_refusal,
 )
-from pytest_dcp.faults.crashes.losses import Model
 from pytest_dcp.faults.crashes.recording import Desk, Folders, Recorded, recording
-from pytest_dcp.faults.options import FAULT_BUDGETS
+from pytest_dcp.faults.options import FAULT_BUDGETS, Model
 from pytest_dcp.faults.state_differences import blank, differences
 from pytest_dcp.faults.tap.operation import Operation
 from pytest_dcp.tracebacks import add_note, set_cause
 
 State = dict[str, Any]
 
+REPLAYED, PASSED_OVER = "replayed", "passed-over"
+"""Names of files in the ranks' folder, which say that some rank got the state to replay, or not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The session's options for crash states."""
+    """The session's options for crash states, and whether the test has tried the one to replay."""
 
     budget: int = int(FAULT_BUDGETS["pr"])
     """Maximum number of states tried per trace."""
     replay: str | None = None
     """The id of the only state to try."""
-    states_by_call: list[int] = field(default_factory=list)
-    """The number of states that each call of `crash_states` returned."""
+    folder: Path | None = None
+    """Where the ranks of a world note what they tried; None: not to be noted."""
+
+    def note_states(self, count: int) -> None:
+        """Note that this rank's test asked for crash states, and how many it got."""
+        if self.replay is not None and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / (REPLAYED if count else PASSED_OVER)).touch()
 
     def has_replayed(self) -> bool | None:
-        """Whether the test tried the state to replay; None if it asked for no states."""
-        return any(self.states_by_call) if self.states_by_call else None
+        """Whether a rank tried the state to replay; None if no rank asked for states.
+
+        The same in all ranks once every rank has ended the test's call.
+        """
+        notes = set() if self.folder is None else {path.name for path in self.folder.glob("*")}
+        return True if REPLAYED in notes else False if PASSED_OVER in notes else None
 
     def limit(self, budget: str | int | None) -> int:
         """Maximum number of states. Raises ValueError if the option is not a budget."""
@@ -145,7 +157,7 @@ class Recording(Recorded):
         found: list[Crash] = []
         if only is None or only.startswith(f"{model}-"):
             found = [*crashes(self.trace, model, self._search.limit(budget), only)]
-        self._search.states_by_call.append(len(found))
+        self._search.note_states(len(found))
         if self._finished is None:
             self._finished = Finished(self.trace)
         return [CrashState(crash, self._finished) for crash in found]

@@ -37,14 +37,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pytest_dcp.faults.crashes.disk_changes import ByteChange, NameChange
 from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.trace import Tree
-
-Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
-MODELS: tuple[Model, ...] = get_args(Model)
+from pytest_dcp.faults.options import Model
 
 RULES: Mapping[Model, Rules] = {
     "kill": Rules(),

@@ -30,3 +30,14 @@ def test_in_one_rank(faulty_storage, checkpoint_dir, rank):
             save(checkpoint_dir, torch.zeros(1))
     if rank == 0:
         assert not trace.crash_states("posix")
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_fails(faulty_storage, checkpoint_dir, rank):
+    with faulty_storage.record() as trace:
+        if rank == 0:
+            checkpoint_dir.mkdir(exist_ok=True)
+            save(checkpoint_dir, torch.zeros(1))
+    if rank == 0:
+        trace.crash_states("posix")
+        raise ValueError("as the state made it")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pytest_dcp.command_line import add_options
-from pytest_dcp.faults.crashes.losses import MODELS
-from pytest_dcp.faults.options import CRASH_MODELS, OPTIONS, FaultOptions, read_fault_options
+from pytest_dcp.faults.crashes.losses import LOSSES, RULES
+from pytest_dcp.faults.options import MODELS, OPTIONS, FaultOptions, read_fault_options
 from support.options import FakeConfig, FakeParser
 
 Texts = dict[str, str]
@@ -60,8 +60,8 @@ def test_no_id_of_a_crash_state_is_refused(text: str) -> None:
     assert str(no.value).endswith(f"got {text!r}")
 
 
-def test_ids_begin_with_the_names_of_the_models() -> None:
-    assert CRASH_MODELS == MODELS
+def test_every_model_that_an_id_may_begin_with_has_its_rules_and_losses() -> None:
+    assert set(MODELS) == set(RULES) == set(LOSSES)
 
 
 def test_a_toml_file_gives_the_budget_as_a_number() -> None:

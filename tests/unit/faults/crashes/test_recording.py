@@ -182,16 +182,16 @@ def test_a_lie_of_the_storage_shows_in_the_folder_after_a_crash(
     assert {"f": b""} in after
 
 
-def test_budgets_and_ids_reach_the_states() -> None:
+def test_budgets_and_ids_reach_the_states(tmp_path: Path) -> None:
     trace = recorded(commit, old)
     everything = list(trace.crash_states())
     assert len(list(trace.crash_states(budget=3))) == 3
     assert len(list(trace.crash_states(budget="nightly"))) == len(everything)
-    trace._search = Search(replay=everything[5].id)
+    trace._search = Search(replay=everything[5].id, folder=tmp_path / "one")
     assert [state.id for state in trace.crash_states()] == [everything[5].id]
     assert trace.crash_states("s3") == []
     assert trace._search.has_replayed() is True
-    trace._search = Search(replay="s3-0123456789")
+    trace._search = Search(replay="s3-0123456789", folder=tmp_path / "none")
     assert trace._search.has_replayed() is None
     assert trace.crash_states("s3") == trace.crash_states("posix") == []
     assert trace._search.has_replayed() is False
