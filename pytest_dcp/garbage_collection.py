@@ -4,7 +4,7 @@
 of thousands of tuples; importing torch makes 300,000 objects, and the collector's passes over them
 take a fifth of the import. A full pass over a process that has torch loaded takes 0.15 s.
 
-`torch_import` also exempts its objects from all later passes. It is for processes of our own, in
+`frozen_imports` also exempts its objects from all later passes. It is for processes of our own, in
 which nothing but our code has run so far.
 """
 
@@ -40,8 +40,8 @@ def collector_paused() -> Iterator[None]:
 
 
 @contextmanager
-def torch_import() -> Iterator[None]:
-    """Import torch inside. The collector never looks again at any object that exists then."""
+def frozen_imports() -> Iterator[None]:
+    """Pause the collector for imports inside, and let it never look at their objects again."""
     with collector_paused():
         yield
         gc.freeze()

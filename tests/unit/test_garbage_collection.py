@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from pytest_dcp.garbage_collection import collector_paused, torch_import
+from pytest_dcp.garbage_collection import collector_paused, frozen_imports
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_the_last_thread_to_leave_switches_it_on():
 def test_objects_of_an_import_are_never_looked_at_again():
     frozen = gc.get_freeze_count()
     try:
-        with torch_import():
+        with frozen_imports():
             assert not gc.isenabled()
             made: list[object] = []
             made.append(made)
@@ -69,7 +69,7 @@ def test_objects_of_an_import_are_never_looked_at_again():
 
 def test_an_import_that_fails_leaves_the_collector_as_it_was():
     frozen = gc.get_freeze_count()
-    with pytest.raises(ImportError), torch_import():
+    with pytest.raises(ImportError), frozen_imports():
         raise ImportError
     assert gc.isenabled()
     assert gc.get_freeze_count() == frozen

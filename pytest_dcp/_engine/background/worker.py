@@ -41,8 +41,8 @@ from pytest_dcp._engine.verbs.save_request import SaveRequest
 PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])["path"]
-from pytest_dcp.garbage_collection import torch_import
-with torch_import():
+from pytest_dcp.garbage_collection import frozen_imports
+with frozen_imports():
     from pytest_dcp._engine.background.worker import main
 main()
 """
@@ -163,13 +163,13 @@ _store: list[TCPStore] = []
 
 def main() -> None:
     """The process's whole life."""
-    orders = json.loads(sys.argv[1])
-    _end_with(orders["parent"])
+    settings = json.loads(sys.argv[1])
+    _end_with(settings["parent"])
     # Ctrl-C in a terminal reaches all processes; the rank decides whether its saves go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(orders["threads"])
+    torch.set_num_threads(settings["threads"])
     with contextlib.suppress(EOFError, OSError):
-        serve(Connection(orders["fd"]))
+        serve(Connection(settings["fd"]))
     # Nothing is open, and what torch does at exit may wait for peers.
     os._exit(0)
 

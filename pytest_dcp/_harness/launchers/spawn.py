@@ -45,7 +45,7 @@ from pytest_dcp._harness.rank import (
 from pytest_dcp._harness.rank import main as rank
 from pytest_dcp._pytest_internals import forget_made_ids, make_config, redirect_writer, writer_of
 from pytest_dcp.errors import DcpError
-from pytest_dcp.garbage_collection import torch_import
+from pytest_dcp.garbage_collection import frozen_imports
 
 PROGRAM = "from pytest_dcp._harness.launchers.spawn import main; main()"
 GUARD = "from pytest_dcp._harness.launchers.orphan_guard import main; main()"
@@ -253,7 +253,7 @@ def _prepare(one: this_rank.Rank, session: dict[str, Any]) -> _CollectingRunner:
     """Import the modules needed to join the process group, before the clock starts."""
     one.channel.send(At("preparing", "importing torch"))
     # An import that fails here fails again later, where it is reported.
-    with contextlib.suppress(Exception), torch_import():
+    with contextlib.suppress(Exception), frozen_imports():
         importlib.import_module("torch.distributed")
     one.channel.send(At("ready"))
     return _CollectingRunner(one, session)
