@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import pytest
 
 from pytest_dcp.command_line import Option, OptionReader
+from pytest_dcp.faults.crash_models import MODELS
 
 FAULT_BUDGETS = {"pr": "1000", "nightly": "100000"}
 """Names of budgets: about a second, and about two minutes, for a small checkpoint."""
 
-Model = Literal["kill", "posix", "ext4-ordered", "nfs", "s3"]
-"""What a crash may lose, see `crashes.losses`; the beginning of a crash state's id."""
-MODELS: tuple[Model, ...] = get_args(Model)
 CRASH_ID = re.compile(rf"({'|'.join(MODELS)})-[0-9a-f]{{10}}")
 
 OPTIONS = (

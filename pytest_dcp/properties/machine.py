@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as checkpoint
 from pytest_dcp.errors import LawError
-from pytest_dcp.faults.options import Model
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.properties.laws.crash import recorded_save
 from pytest_dcp.properties.laws.engine import Engine
 from pytest_dcp.properties.laws.round_trips import load_part

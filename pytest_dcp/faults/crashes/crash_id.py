@@ -28,11 +28,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.faults.crashes.crash_points import CrashPoint, TornWriteAt
 from pytest_dcp.faults.crashes.disk_model import DiskModel
 from pytest_dcp.faults.crashes.losses import LostSet
 from pytest_dcp.faults.crashes.object_store_model import ObjectStore
-from pytest_dcp.faults.options import Model
 from pytest_dcp.faults.tap.operation import Operation
 
 ID_DIGITS = 10

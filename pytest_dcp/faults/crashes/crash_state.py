@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_dcp.api import announce_failure, current_rank
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.faults.crashes import folder_trees as replay
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
 from pytest_dcp.faults.crashes.loaders import (
@@ -28,7 +29,7 @@ from pytest_dcp.faults.crashes.loaders import (
     is_refusal,
 )
 from pytest_dcp.faults.crashes.recording import Desk, Folders, Recorded, recording
-from pytest_dcp.faults.options import FAULT_BUDGETS, Model
+from pytest_dcp.faults.options import FAULT_BUDGETS
 from pytest_dcp.faults.state_differences import blank, differences
 from pytest_dcp.faults.tap.operation import Operation
 from pytest_dcp.tracebacks import add_note, set_cause

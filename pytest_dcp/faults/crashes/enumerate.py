@@ -64,13 +64,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from pytest_dcp.faults.crash_models import MODELS, Model
 from pytest_dcp.faults.crashes.crash_id import OperationCode, crash_id, encode_operations
 from pytest_dcp.faults.crashes.crash_points import CrashPoint, TornWriteAt, moments
 from pytest_dcp.faults.crashes.disk_model import DiskModel
 from pytest_dcp.faults.crashes.losses import LOSSES, RULES, LostSet
 from pytest_dcp.faults.crashes.object_store_model import ObjectStore
 from pytest_dcp.faults.crashes.trace import Entry, Trace, Tree
-from pytest_dcp.faults.options import MODELS, Model
 from pytest_dcp.faults.tap.operation import Operation
 
 

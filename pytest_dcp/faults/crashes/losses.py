@@ -38,10 +38,10 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.faults.crashes.disk_changes import ByteChange, NameChange
 from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.trace import Tree
-from pytest_dcp.faults.options import Model
 
 RULES: Mapping[Model, Rules] = {
     "kill": Rules(),

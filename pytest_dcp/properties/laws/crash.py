@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as checkpoint
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.faults.crashes.crash_state import CrashState, Recording
 from pytest_dcp.faults.crashes.recording import Desk, Folders, recording
-from pytest_dcp.faults.options import Model
 from pytest_dcp.properties.differences import Difference, differences
 from pytest_dcp.properties.laws.engine import Engine, expected_warnings
 from pytest_dcp.properties.laws.steps import Folder, enter, save

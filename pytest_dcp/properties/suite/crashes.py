@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_dcp.faults.options import Model
+from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.properties.laws.crash import assert_overwrite_atomic
 from pytest_dcp.properties.state_dicts import StateSpec
 from pytest_dcp.properties.suite.base import StorageTests

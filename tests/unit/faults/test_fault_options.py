@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pytest_dcp.command_line import add_options
+from pytest_dcp.faults.crash_models import MODELS
 from pytest_dcp.faults.crashes.losses import LOSSES, RULES
-from pytest_dcp.faults.options import MODELS, OPTIONS, FaultOptions, read_fault_options
+from pytest_dcp.faults.options import OPTIONS, FaultOptions, read_fault_options
 from support.options import FakeConfig, FakeParser
 
 Texts = dict[str, str]

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.faults import FaultyStorage, NoSpace, ShortWrite, recorded
+from pytest_dcp.faults.crash_models import MODELS
 from pytest_dcp.faults.crashes.crash_state import loads_one_of
 from pytest_dcp.faults.damage import every_bit, every_sector, every_truncation
-from pytest_dcp.faults.options import MODELS
 
 Values = dict[str, bytes]
 OLD: Values = {"a": b"old a" * 3, "b": b"old b" * 3}
