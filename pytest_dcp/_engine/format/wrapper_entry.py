@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.plan.opaque import inner_tensors
+from pytest_dcp._engine.plan.opaque import map_inner_tensors
 from pytest_dcp._torch_internals.tensors import is_traceable_wrapper_subclass
 from pytest_dcp.errors import PlanError
 
@@ -43,10 +43,6 @@ def encode_wrapper(fqn: str, wrapper: torch.Tensor) -> WrapperEntry:
 
 def _compact(tensor: Any) -> torch.Tensor:
     if is_traceable_wrapper_subclass(tensor):
-        inner = {name: _compact(part) for name, part in inner_tensors(tensor)}
-        compacted: torch.Tensor = type(tensor).__tensor_unflatten__(
-            inner, tensor.__tensor_flatten__()[1], tensor.size(), tensor.stride()
-        )
-        return compacted
+        return map_inner_tensors(tensor, _compact)
     plain: torch.Tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()

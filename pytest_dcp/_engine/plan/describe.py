@@ -66,7 +66,7 @@ class Wanted:
     """The box's position among the rank's boxes of the same name."""
     wrappers: frozenset[str] = frozenset()
     """Names of wrappers of other tensors, and of DTensors of them."""
-    spoken: frozenset[str] = frozenset()
+    self_described: frozenset[str] = frozenset()
     """Names of tensors that describe their own parts."""
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self.spoken: list[WriteItems] = []
+        self.self_described: list[WriteItems] = []
         """Tables of tensors that describe their own items."""
         self.rows: list[tuple[str, int, int, Sequence[int], Box]] = []
         """Name, kind, property, size of the full tensor, box."""
@@ -145,7 +145,7 @@ class _Rows:
             self.problems.append(problem)
         elif describes_its_parts(value):
             try:
-                self.spoken.append(WriteItems.of(own_write_items(fqn, value)))
+                self.self_described.append(WriteItems.of(own_write_items(fqn, value)))
             except PlanError as error:
                 self.problems.append(str(error))
         elif isinstance(value, ShardedTensor):
@@ -193,9 +193,9 @@ class _Rows:
         require_savable(self.problems)
         table = self._table()
         # Tables of items that tensors made themselves are rare, so they are joined item by item.
-        if not self.spoken:
+        if not self.self_described:
             return table
-        return WriteItems.of([item for some in (table, *self.spoken) for item in some])
+        return WriteItems.of([item for some in (table, *self.self_described) for item in some])
 
     def _table(self) -> WriteItems:
         fqns, kinds, numbers, sizes, boxes = (
@@ -295,7 +295,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
     rows: list[tuple[str, Box, int, int]] = []
     layouts = Layouts()
     wrappers: list[str] = []
-    spoken: list[str] = []
+    self_described: list[str] = []
     for fqn, value in state_dict.items():
         kind = type(value)
         found: Sequence[Box]
@@ -305,9 +305,10 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         elif kind in PLAIN or isinstance(value, torch.Tensor):
             found = _list_wanted_boxes(fqn, value, layouts)
             if kind not in PLAIN:
-                unusual = spoken if describes_its_parts(value) else wrappers
-                if unusual is spoken or is_wrapper(memory):
-                    unusual.append(fqn)
+                if describes_its_parts(value):
+                    self_described.append(fqn)
+                elif is_wrapper(memory):
+                    wrappers.append(fqn)
         else:
             rows.append((fqn, NOTHING, UNKNOWN, 0))
             continue
@@ -322,7 +323,7 @@ def wanted_boxes(state_dict: Mapping[str, Any]) -> Wanted:
         shape=pad_rows([box[1] for box in boxes], rank, 1),
         nth=np.array(nth, dtype=np.int64),
         wrappers=frozenset(wrappers),
-        spoken=frozenset(spoken),
+        self_described=frozenset(self_described),
     )
 
 

@@ -62,6 +62,16 @@ def inner_tensors(wrapper: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, getattr(wrapper, name)
 
 
+def map_inner_tensors(wrapper: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A wrapper of the same class and size around `change(inner)` of each inner tensor."""
+    names, context = wrapper.__tensor_flatten__()
+    changed = {name: change(getattr(wrapper, name)) for name in names}
+    rebuilt: torch.Tensor = type(wrapper).__tensor_unflatten__(
+        changed, context, wrapper.size(), wrapper.stride()
+    )
+    return rebuilt
+
+
 def inner_nbytes(wrapper: torch.Tensor) -> int:
     """Bytes of the tensors within a wrapper, at any depth."""
     return sum(

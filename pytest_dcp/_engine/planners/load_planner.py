@@ -59,7 +59,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
     """By name: the class of each number that is loaded from a tensor."""
     _wrappers: frozenset[str]
     """Names of wrappers of other tensors, and of DTensors of them."""
-    _spoken: frozenset[str]
+    _self_described: frozenset[str]
     """Names of tensors that describe their own parts."""
 
     def __init__(
@@ -104,7 +104,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self._per_rank = {}
         self._numbers = {}
-        self._wrappers = self._spoken = frozenset()
+        self._wrappers = self._self_described = frozenset()
         self.state_dict, self.mappings = self._flat()
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -142,7 +142,7 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         except CheckpointMismatchError as error:
             raise error.with_lines(self.idle_renames.values()) from None
         self.report = planned.report
-        self._wrappers, self._spoken = planned.wrappers, planned.spoken
+        self._wrappers, self._self_described = planned.wrappers, planned.self_described
         lists = lists_wanted(self, DefaultLoadPlanner)
         return with_list_of_items(planned.plan) if lists else planned.plan
 
@@ -272,14 +272,15 @@ class DefaultLoadPlanner(default_planner.DefaultLoadPlanner):
         if overridden(self, DefaultLoadPlanner, hooks):
             return None
         firsts = (items.wanted_hint == 0).tolist()
-        fqns, state, spoken = items.fqns, self.state_dict, getattr(self, "_spoken", ())
+        fqns, state = items.fqns, self.state_dict
+        self_described = getattr(self, "_self_described", ())
 
         def target(row: int) -> torch.Tensor:
             memory = value = state[fqns[row]]
             if type(value) is DTensor and ONE_BOX.issuperset(map(type, spec_of(value).placements)):
                 memory = local_tensor(value)
             plain = firsts[row] and type(memory) in PLAIN and not hasattr(value, BOXES)
-            if plain and fqns[row] not in spoken:
+            if plain and fqns[row] not in self_described:
                 found: torch.Tensor = memory
                 return found
             return self._box(items, row)

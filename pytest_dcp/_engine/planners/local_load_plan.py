@@ -83,7 +83,7 @@ class PlannedReads:
     """Numbers that are loaded from tensors."""
     wrappers: frozenset[str] = frozenset()
     """Names whose targets are wrappers of other tensors, or DTensors of them."""
-    spoken: frozenset[str] = frozenset()
+    self_described: frozenset[str] = frozenset()
     """Names whose targets describe their own parts."""
 
 
@@ -121,7 +121,7 @@ def plan_reads(
         {fqn: value for fqn, value in found.loaded.items() if _is_meta(value)},
         numbers,
         boxes.wrappers,
-        boxes.spoken,
+        boxes.self_described,
     )
 
 

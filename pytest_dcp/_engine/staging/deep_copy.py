@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from pytest_dcp._engine.plan.opaque import map_inner_tensors
 from pytest_dcp._engine.staging.stager import dtensor, move_shard
 from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
 from pytest_dcp._torch_internals.sharded_tensors import ShardedTensor, make_detached_sharded_tensor
@@ -171,12 +172,7 @@ class DeepCopy:
             )
             return sharded
         if is_traceable_wrapper_subclass(tensor):
-            names, context = tensor.__tensor_flatten__()
-            inner = {name: self.copy(getattr(tensor, name)) for name in names}
-            wrapped: torch.Tensor = type(tensor).__tensor_unflatten__(
-                inner, context, tensor.size(), tensor.stride()
-            )
-            return wrapped
+            return map_inner_tensors(tensor, self.copy)
         copied = self._stage_plain(tensor.detach())
         self.memo[id(tensor)] = copied
         self._copy_attributes(tensor, copied)

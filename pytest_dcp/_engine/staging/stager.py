@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from pytest_dcp._engine.plan.containers import alike
 from pytest_dcp._engine.plan.declared_parts import BOXES, declarations_of, declare_parts
 from pytest_dcp._engine.plan.describe import find_save_problem, require_savable
-from pytest_dcp._engine.plan.opaque import HOOK, is_opaque
+from pytest_dcp._engine.plan.opaque import HOOK, is_opaque, map_inner_tensors
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, hooks_of, require_memory, with_hooks
 from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
@@ -288,12 +288,7 @@ def _copy_with_attributes(value: Any) -> torch.Tensor:
     if not is_opaque(value) or value.is_quantized:
         copied: torch.Tensor = value.detach().to("cpu", copy=True)
         return copied
-    names, context = value.__tensor_flatten__()
-    inner = {name: _copy_with_attributes(getattr(value, name)) for name in names}
-    wrapper: torch.Tensor = type(value).__tensor_unflatten__(
-        inner, context, value.size(), value.stride()
-    )
-    return wrapper
+    return map_inner_tensors(value, _copy_with_attributes)
 
 
 def move_shard(shard: Shard, tensor: torch.Tensor) -> Shard:

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pytest_dcp._engine.plan.opaque import is_wrapper
+from pytest_dcp._engine.plan.opaque import is_wrapper, map_inner_tensors
 from pytest_dcp._engine.state_dicts.packing import Spec
 from pytest_dcp._torch_internals.dtensors import local_tensor, spec_of
 from pytest_dcp._torch_internals.modules import drop_step_hooks
@@ -182,9 +182,4 @@ def _copy_tensor(value: Any) -> torch.Tensor:
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
         copied: torch.Tensor = value.detach().clone()
         return copied
-    names, context = value.__tensor_flatten__()
-    inner = {name: _copy_tensor(getattr(value, name)) for name in names}
-    wrapper: torch.Tensor = type(value).__tensor_unflatten__(
-        inner, context, value.size(), value.stride()
-    )
-    return wrapper
+    return map_inner_tensors(value, _copy_tensor)
