@@ -32,12 +32,12 @@ OURS = re.compile(
     r"|(plugin|api|garbage_collection|tracebacks)\.py)"
 )
 """Where the package is not among the libraries. Its demo and its test classes are the user's."""
-ENGINE = re.compile(r"/pytest_dcp/_engine/(verbs|background|state_dicts)/")
+ENGINE = re.compile(r"/pytest_dcp/(_engine/(verbs|background)|checkpoint)/")
 VERBS = frozenset(
     (
-        "save", "load", "async_save", "save_state_dict", "load_state_dict", "get_state_dict",
-        "get_model_state_dict", "get_optimizer_state_dict", "set_state_dict",
-        "set_model_state_dict", "set_optimizer_state_dict",
+        "save", "load", "load_without_template", "async_save", "save_state_dict",
+        "load_state_dict", "get_state_dict", "get_model_state_dict", "get_optimizer_state_dict",
+        "set_state_dict", "set_model_state_dict", "set_optimizer_state_dict",
     )
 )  # fmt: skip
 """Functions of the engine that all ranks call together."""

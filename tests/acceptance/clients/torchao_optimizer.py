@@ -1,6 +1,6 @@
 """torchao: an 8-bit optimizer and quantised weights, which every rank holds whole.
 
-Ours refuses such a tensor as the part of a DTensor, so this model is not sharded.
+`torchao_sharded` has the optimizers of a sharded model.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def flatten(value: Any) -> Any:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, first_step: int) -> None:
+    """Equal on all ranks, so that a model that is whole on each stays equal."""
     for step in (first_step, first_step + 1):
         generator = torch.Generator().manual_seed(step)
         model(torch.randn(4, 128, generator=generator)).square().mean().backward()

@@ -21,9 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
-
-# Compiling its optimizers takes a minute, and changes nothing here.
-torch.compile = lambda function, **_: function  # type: ignore[assignment,misc]
+from torchao_optimizer import train  # that module also keeps torchao from compiling
 
 KINDS = (AdamW8bit, AdamW4bit, AdamWFp8)
 
@@ -55,15 +53,6 @@ def make(kind: Any, rows: int, *, sharded: bool) -> tuple[nn.Module, torch.optim
     if sharded:
         fully_shard(model)
     return model, kind(model.parameters(), lr=0.01)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, first_step: int) -> None:
-    """Equal on all ranks, so that a model that is whole on each stays equal."""
-    for step in (first_step, first_step + 1):
-        generator = torch.Generator().manual_seed(step)
-        model(torch.randn(4, 128, generator=generator)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def save(path: Path, kind: Any, rows: int, *, sharded: bool, gather: bool) -> str:

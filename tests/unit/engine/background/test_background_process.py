@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.background.process import SaverProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -88,3 +91,20 @@ def test_it_ends_with_a_rank_that_is_killed(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGSTOP)
         program.kill()
     assert is_gone(pid)
+
+
+class CountCollected:
+    """An order: how many objects a collection looks at, and whether collections happen."""
+
+    def run(self, line: Any) -> tuple[int, bool]:
+        return len(gc.get_objects()), gc.isenabled()
+
+
+def test_a_collection_after_a_save_does_not_look_at_what_torch_made() -> None:
+    process = SaverProcess()
+    try:
+        looked_at, is_enabled = process.ask(CountCollected(), lambda: None, WAIT_S)
+    finally:
+        process.end()
+    assert looked_at < 20_000  # torch alone has 250,000
+    assert is_enabled

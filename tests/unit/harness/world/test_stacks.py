@@ -7,6 +7,8 @@ faulthandler prints the name that the code object carries.
 from __future__ import annotations
 
 import faulthandler
+import importlib
+import inspect
 import re
 import sys
 import tempfile
@@ -17,7 +19,15 @@ from typing import Any
 
 import pytest
 
-from pytest_dcp._harness.world.stacks import StackFrame, describe_activity, main_thread, trim_runner
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp._harness.world.stacks import (
+    ENGINE,
+    VERBS,
+    StackFrame,
+    describe_activity,
+    main_thread,
+    trim_runner,
+)
 
 SITE = "/venv/lib/python3.11/site-packages"
 C10D = f"{SITE}/torch/distributed/distributed_c10d.py"
@@ -84,6 +94,14 @@ def test_a_rank_in_a_verb_of_the_engine_is_named_by_it(root: str, inside: tuple[
         (TEST, "test_step"),
     )
     assert describe_activity(trace) == f"in dcp.save, at {TEST}:2 in test_step"
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_each_verb_is_a_function_of_the_engine(name: str) -> None:
+    state_dict = importlib.import_module("pytest_dcp.checkpoint.state_dict")
+    verb = inspect.unwrap(getattr(dcp, name, None) or getattr(state_dict, name))
+    assert verb.__name__ == name
+    assert ENGINE.search(verb.__code__.co_filename)
 
 
 def test_tests_in_a_checkout_named_as_the_package_are_the_users() -> None:
