@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.checkpoint import default_planner, planner_helpers
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointMismatchError
+from support.client_planners import BytesPlanner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -309,21 +310,8 @@ class TestWithoutATemplate:
 
 class TestSaving:
     def test_values_that_are_bytes_already_are_stored_as_they_are(self, tmp_path: Path) -> None:
-        """As Megatron-Core's planner."""
-
-        class Raw(dcp.DefaultSavePlanner):
-            def create_local_plan(self) -> SavePlan:
-                items: list[WriteItem] = []
-                for fqn, value in self.state_dict.items():
-                    items += planner_helpers._create_write_items(fqn, value)
-                self.plan = SavePlan(items=items, planner_data=self.mappings)
-                return self.plan
-
-            def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-                return object
-
         state = {"w": numbered(3), "raw": io.BytesIO(b"any bytes")}
-        dcp.save(state, checkpoint_id=tmp_path, planner=Raw(flatten_state_dict=False))
+        dcp.save(state, checkpoint_id=tmp_path, planner=BytesPlanner(flatten_state_dict=False))
 
         class RawLoad(dcp.DefaultLoadPlanner):
             def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import planner_helpers
+from support.client_planners import BytesPlanner
 
 
 class AsyncWriter(dcp.FileSystemWriter):
@@ -62,20 +62,6 @@ class AsyncWriter(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         raise NotImplementedError
-
-
-class BytesPlanner(dcp.DefaultSavePlanner):
-    """Every rank's own values, which are bytes already, under names of their own."""
-
-    def create_local_plan(self) -> SavePlan:
-        items: list[WriteItem] = []
-        for fqn, value in self.state_dict.items():
-            items += planner_helpers._create_write_items(fqn, value)
-        self.plan = SavePlan(items=items, planner_data=self.mappings)
-        return self.plan
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        return object
 
 
 def gathered(value: Any) -> list[Any]:
