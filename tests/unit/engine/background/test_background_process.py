@@ -100,7 +100,7 @@ class CountCollected:
         return len(gc.get_objects()), gc.isenabled()
 
 
-def test_a_collection_after_a_save_does_not_look_at_what_torch_made() -> None:
+def test_a_collection_in_the_process_leaves_out_the_objects_of_torch() -> None:
     process = SaverProcess()
     try:
         looked_at, is_enabled = process.ask(CountCollected(), lambda: None, WAIT_S)
