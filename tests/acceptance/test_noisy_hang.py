@@ -57,7 +57,8 @@ def test_events_of_a_save_are_left_out_of_the_log(session: SessionResult) -> Non
 
 def test_events_of_a_save_are_shown_on_demand(suite: Suite) -> None:
     session = suite.run("-k", "after_a_save", "--log-level=DEBUG")
-    assert "'event': 'start'" in logs(session, "test_fails_after_a_save")["Captured log [rank 0] call"]
+    shown = logs(session, "test_fails_after_a_save")
+    assert "'event': 'start'" in shown["Captured log [rank 0] call"]
 
 
 def test_lines_that_were_asked_for_are_shown(suite: Suite) -> None:
