@@ -237,6 +237,14 @@ def test_wrong_sizes_and_keywords_are_refused(
     assert str(refused.value).startswith("worlds(...) ")
 
 
+def test_a_block_that_was_not_entered_says_how_to_start_its_world(worlds: Worlds) -> None:
+    block: Any = worlds(2)
+    with pytest.raises(AttributeError, match=r"with worlds\(2\) as world: world\.run$"):
+        block.run(dist.get_rank)
+    with pytest.raises(AttributeError, match=r"'WorldBlock' object has no attribute 'walk'$"):
+        _ = block.walk
+
+
 # Failures.
 
 
