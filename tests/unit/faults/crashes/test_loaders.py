@@ -212,7 +212,7 @@ def test_assert_loads_names_it_too(faulty_storage: FaultyStorage) -> None:
         faulty_storage.assert_loads(NEW, load=returns_a_state)
 
 
-def test_a_loader_may_return_what_it_has_filled() -> None:
+def test_a_loader_may_fill_the_state_and_return_it() -> None:
     def fills_and_returns(state: dict[str, Any], checkpoint_id: Any) -> dict[str, Any]:
         load(state, checkpoint_id)
         return dict(state)
