@@ -157,7 +157,7 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     # "left": a box that starts exactly where another ends does not overlap it.
     ahead = np.searchsorted(start, start + shape[:, dim], side="left") - np.arange(len(rows)) - 1
     found: list[tuple[int, int]] = []
-    for part in _parts(ahead):
+    for part in split_by_total(ahead):
         first = np.repeat(part, ahead[part])
         second = first + 1 + spans(ahead[part])
         _, _, shared = intersect(offset[first], shape[first], offset[second], shape[second])
@@ -168,7 +168,7 @@ def overlapping_pairs(offset: Ints, shape: Ints, limit: int = 8) -> list[tuple[i
     return found
 
 
-def _parts(counts: Ints, budget: int = 1 << 20) -> list[Ints]:
+def split_by_total(counts: Ints, budget: int = 1 << 20) -> list[Ints]:
     """Row numbers in runs whose counts sum to about `budget`: bounds the memory of a pairing."""
     slab = (counts.cumsum() - counts) // budget
     return np.split(np.arange(len(counts)), np.flatnonzero(np.diff(slab)) + 1)

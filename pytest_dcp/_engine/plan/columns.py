@@ -196,7 +196,8 @@ class WriteItems(ItemTable[WriteItem]):
         fqns = self.fqns
         # The same tuple if nothing is left out: other code compares names by identity.
         everything = len(rows) == len(fqns) and bool((rows == np.arange(len(rows))).all())
-        columns = self.columns_at(rows)
+        # Nor a copy of any column: the coordinator of a large job takes all rows of most ranks.
+        columns = {} if everything else self.columns_at(rows)
         if hint is not None:
             columns["hint"] = hint
         chosen = fqns if everything else tuple(map(fqns.__getitem__, rows.tolist()))

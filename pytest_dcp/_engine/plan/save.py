@@ -69,7 +69,7 @@ chunks-volume: 4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,15 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from pytest_dcp._engine.plan.box_coverage import problems_of
-from pytest_dcp._engine.plan.boxes import Ints, out_of_bounds, row_bounds, strides_of, widen_table
+from pytest_dcp._engine.plan.boxes import (
+    Ints,
+    out_of_bounds,
+    row_bounds,
+    spans,
+    split_by_total,
+    strides_of,
+    widen_table,
+)
 from pytest_dcp._engine.plan.columns import BYTES, SHARD, UNKNOWN, WriteItems, number_properties
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.packed_names import Fqns
@@ -155,7 +163,10 @@ def global_plan(
         key=rows.key[lead],
     )
     # Sorted, since `keeper` is in the order of keys: each rank writes in its own order.
-    shares = _divide_among_ranks(tables, np.sort(keeper), hint_of_row)
+    keeper.sort()
+    # A gigabyte in a large job, which the shares need next.
+    del rows, linear, order, starts, lead, hints
+    shares = _divide_among_ranks(tables, keeper, hint_of_row)
     return GlobalPlan(*shares, index, replicas)
 
 
@@ -273,24 +284,33 @@ def _check_replicas(rows: _RankRows, order: Ints, starts: Ints) -> None:
     np.minimum.at(first_of_key, rows.key, np.arange(len(order)))
     lead = first_of_key[rows.key]
     dtypes = {p.dtype: n for n, p in enumerate(rows.properties)}
-    dtype_of = np.array([*(dtypes[p.dtype] for p in rows.properties), UNKNOWN])[rows.property_of]
+    numbers = [*(dtypes[p.dtype] for p in rows.properties), UNKNOWN]
+    dtype_of = np.array(numbers, dtype=np.int32)[rows.property_of]
     every = np.arange(len(order))
-    other_size = (rows.ndim != rows.ndim[lead]) | (rows.size != rows.size[lead]).any(axis=1)
-    checks = (
-        ("kind", (rows.kind == BYTES) != (rows.kind[lead] == BYTES), every, lead),
-        ("size", other_size, every, lead),
-        ("dtype", dtype_of != dtype_of[lead], every, lead),
-        ("shape", (rows.shape[one] != rows.shape[other]).any(axis=1), other, one),
+    # One check at a time: each compares columns that take gigabytes in a large job.
+    checks: tuple[tuple[str, Callable[[], Any], Ints, Ints], ...] = (
+        ("kind", lambda: (rows.kind == BYTES) != (rows.kind[lead] == BYTES), every, lead),
+        ("size", lambda: _differs_in_size(rows, lead), every, lead),
+        ("dtype", lambda: dtype_of != dtype_of[lead], every, lead),
+        ("shape", lambda: (rows.shape[one] != rows.shape[other]).any(axis=1), other, one),
     )
     problems = [
         f"{rows.fqns[rows.key[row]]!r}: ranks {rows.rank[beside[at]]} and {rows.rank[row]} "
         f"hold it with another {what}"
-        for what, wrong, which, beside in checks
-        for at in np.flatnonzero(wrong)[:SHOWN]
+        for what, find_wrong, which, beside in checks
+        for at in np.flatnonzero(find_wrong())[:SHOWN]
         for row in [which[at]]
     ]
     if problems:
         raise PlanError(_list_problems("The ranks disagree: ", problems))
+
+
+def _differs_in_size(rows: _RankRows, lead: Ints) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = rows.ndim != rows.ndim[lead]
+    for dim in range(rows.size.shape[1]):
+        column = rows.size[:, dim]
+        found |= column != column[lead]
+    return found
 
 
 def _choose_keepers(rows: _RankRows, order: Ints, starts: Ints, to_lowest_rank: bool) -> Ints:
@@ -308,15 +328,19 @@ def _choose_keepers(rows: _RankRows, order: Ints, starts: Ints, to_lowest_rank: 
     shared = np.flatnonzero(~alone)
     shared = shared[np.argsort(-rows.nbytes[keeper[shared]], kind="stable")]
     # One by one, since each depends on the ones before; lists are faster than arrays for this.
-    rank_of, nbytes = rows.rank[order].tolist(), rows.nbytes[order].tolist()
-    chosen = []
-    for first, many in zip(starts[shared].tolist(), count[shared].tolist(), strict=True):
-        owners = rank_of[first : first + many]
-        least = min(owners, key=load.__getitem__)
-        at = first + owners.index(least)
-        load[least] += nbytes[at]
-        chosen.append(at)
-    keeper[shared] = order[np.array(chosen, dtype=np.int64)]
+    for part in split_by_total(count[shared]):
+        some = shared[part]
+        members = order[np.repeat(starts[some], count[some]) + spans(count[some])]
+        rank_of, nbytes = rows.rank[members].tolist(), rows.nbytes[members].tolist()
+        chosen, first = [], 0
+        for many in count[some].tolist():
+            owners = rank_of[first : first + many]
+            least = min(owners, key=load.__getitem__)
+            at = first + owners.index(least)
+            load[least] += nbytes[at]
+            chosen.append(at)
+            first += many
+        keeper[some] = members[chosen]
     return keeper
 
 
