@@ -22,20 +22,20 @@ from pytest_dcp.errors import (
     LateMarkerError,
     LawError,
     LostRank,
-    NotACheckpointError,
     PlanError,
     RankFailure,
     RecordingError,
     ReplicaMismatchError,
     SaverProcessError,
     StoreResponseError,
-    UnknownNameError,
     UnsupportedVersionError,
     UntrustedPickleError,
     WorldError,
 )
 
 if TYPE_CHECKING:
+    from pytest_dcp._engine.simulation.simulate import simulate
+    from pytest_dcp._engine.simulation.simulation import Simulation
     from pytest_dcp._harness.controller.exit_warnings import LeftBehindWarning
     from pytest_dcp._harness.controller.rank_warnings import ChangedStateWarning
     from pytest_dcp._harness.controller.world_test_mixin import WorldTestMixin
@@ -53,6 +53,8 @@ __all__ = [
     "FaultyStorage",
     "WorldTestMixin",
     "announce_death",
+    "simulate",
+    "Simulation",
     "ChangedStateWarning",
     "LeftBehindWarning",
     "LostStateWarning",
@@ -73,8 +75,6 @@ __all__ = [
     "CheckpointFileMissingError",
     "CheckpointMismatchError",
     "CheckpointReplacedError",
-    "NotACheckpointError",
-    "UnknownNameError",
     "PlanError",
     "ReplicaMismatchError",
     "SaverProcessError",
@@ -92,6 +92,8 @@ _LAZY = {
     "WorldTestMixin": "pytest_dcp._harness.controller.world_test_mixin:WorldTestMixin",
     "FaultyStorage": "pytest_dcp.faults.storage:FaultyStorage",
     "announce_death": "pytest_dcp.api:announce_death",
+    "simulate": "pytest_dcp._engine.simulation.simulate:simulate",
+    "Simulation": "pytest_dcp._engine.simulation.simulation:Simulation",
     "ChangedStateWarning": "pytest_dcp._harness.controller.rank_warnings:ChangedStateWarning",
     "LostStateWarning": "pytest_dcp._harness.rank.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp._harness.controller.exit_warnings:LeftBehindWarning",

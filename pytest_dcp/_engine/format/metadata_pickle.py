@@ -92,6 +92,42 @@ def pickle_metadata(catalog: Catalog) -> bytes:
     return b"".join(pieces)
 
 
+def pickled_length(catalog: Catalog) -> int:
+    """The bytes of `pickle_metadata`, without making them: those of a large job take gigabytes."""
+    index, places, words = catalog.index, catalog.places, _Words(catalog)
+    keys, kinds = len(index), index.ndim.astype(np.int64) + 1
+    # As in `_keys`: two opcodes between batches, one MARK and one SETITEMS around all.
+    around = 2 + 2 * ((keys - 1) // _BATCH) if keys else 0
+    around += int((kinds > 0).sum()) * len(pickle.APPENDS + _CLOSE)
+    heads = _record_bytes(kinds, lambda kind, rows: _key(words, index, kind - 1, rows))
+    chunk_kinds = kinds[index.key_of]
+    chunks = _record_bytes(chunk_kinds, lambda kind, rows: _chunk(words, index, kind - 1, rows))
+    how, parts, left_out = _entry_kinds(words, index, places)
+    runs = sum(1 for start, _ in _runs(how) if how[start] != left_out)
+    fixed = [words.head, words("state_dict_metadata"), pickle.EMPTY_DICT]
+    fixed += [words("storage_data"), words.beside, _CLOSE + pickle.STOP]
+    return sum(map(len, fixed)) + around + heads + chunks + 2 * runs + _record_bytes(how, parts)
+
+
+def _record_bytes(kinds: Ints, parts: Callable[[int, Rows], Sequence[_Part]]) -> int:
+    """The bytes of the records of all rows."""
+    counts = np.bincount(kinds)
+    total = 0
+    for kind in np.flatnonzero(counts).tolist():
+        found = np.flatnonzero(kinds == kind)
+        low, high = int(found[0]), int(found[-1]) + 1
+        # Most rows are of one kind and adjacent: a slice copies none of their columns.
+        rows: Rows = slice(low, high) if high - low == len(found) else found
+        total += len(found) * sum(map(_part_bytes, parts(kind, rows)))
+    return total
+
+
+def _part_bytes(part: _Part) -> int:
+    if isinstance(part, _Numbers):
+        return len(part.opcode) + np.dtype(part.dtype).itemsize
+    return len(part)
+
+
 class _Words:
     """The stock pickler's output, and the opcode that fetches each of its words."""
 
@@ -196,6 +232,19 @@ def _keys(words: _Words, index: Index) -> list[_Piece]:
 
 def _entries(words: _Words, index: Index, places: EntryPlaces) -> Iterator[_Piece]:
     """The items of `storage_data`; chunks without a file are left out."""
+    kinds, parts, left_out = _entry_kinds(words, index, places)
+    shelf = _Shelf(kinds, parts)
+    for start, stop in _runs(kinds):
+        if kinds[start] != left_out:
+            yield pickle.MARK
+            yield shelf.records(start, stop)
+            yield pickle.SETITEMS
+
+
+def _entry_kinds(
+    words: _Words, index: Index, places: EntryPlaces
+) -> tuple[Ints, Callable[[int, Rows], list[_Part]], int]:
+    """The kind of each chunk's record, the parts of a kind, and the kind that has no record."""
     descriptors = ((), *sorted(set(places.transforms.values())))
     number = {some: i for i, some in enumerate(descriptors)}
     how = np.zeros(len(places.file), dtype=np.int64)
@@ -212,12 +261,7 @@ def _entries(words: _Words, index: Index, places: EntryPlaces) -> Iterator[_Piec
         key = _entry_key(words, index, ndim - 1, rows)
         return key + _entry(words, places, descriptors[some], rows)
 
-    shelf = _Shelf(kinds, parts)
-    for start, stop in _runs(kinds):
-        if kinds[start] != left_out:
-            yield pickle.MARK
-            yield shelf.records(start, stop)
-            yield pickle.SETITEMS
+    return kinds, parts, left_out
 
 
 Rows = Ints | slice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -114,7 +114,7 @@ def join_results(parts: Sequence[WriteResults]) -> WriteResults:
     return WriteResults([item for part in parts for item in part.items], written)
 
 
-def places_of(index: Index, results: Sequence[Sequence[WriteResult]]) -> EntryPlaces:
+def places_of(index: Index, results: Iterable[Sequence[WriteResult]]) -> EntryPlaces:
     """The places of an index's chunks, from what every rank wrote.
 
     Raises PlanError if an item was written that the index does not have, or was written twice.

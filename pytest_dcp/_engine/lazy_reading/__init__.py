@@ -1,1 +1,0 @@
-"""Opens a checkpoint without loading it: names, shapes and shards at once, bytes when asked for."""

@@ -1,0 +1,127 @@
+"""The messages of a simulated save, in bytes, as they would go through the sockets. Pure (no I/O).
+
+A save has two steps (`verbs.save`). In each, every rank but the coordinator sends one VALUE frame
+and gets one RESULT frame. Their bytes are those of `coordinate.frame.encode` on `coordinate.wire`'s
+segments. A message's size depends on names, numbers of rows and digits, not on the numbers in its
+arrays, so ranks that agree in those have messages of one size, and one of them is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+
+from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
+from pytest_dcp._engine.coordinate.wire import pack
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.manifest_columns import encoded_length
+from pytest_dcp._engine.format.write_results import WriteColumns
+from pytest_dcp._engine.plan.boxes import Ints
+from pytest_dcp._engine.plan.replica_comparison import Checks
+from pytest_dcp._engine.verbs.save_messages import CompressedPlan, EncodedMetadata
+
+PLAN, WRITE = Head(1, Mode.REDUCE_SCATTER, "plan"), Head(2, Mode.ALL_REDUCE, "write")
+COORDINATOR = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMessages:
+    """The messages of one step of a save; the coordinator sends itself none."""
+
+    step: str
+    """`plan` or `write`."""
+    to_coordinator: Ints
+    """(ranks,) bytes that each rank sends."""
+    from_coordinator: Ints
+    """(ranks,) bytes that each rank is sent."""
+
+    @property
+    def coordinator_bytes(self) -> int:
+        """Bytes that go through the coordinator's network connection."""
+        return int(self.to_coordinator.sum() + self.from_coordinator.sum())
+
+    @property
+    def largest_bytes(self) -> int:
+        """The longest message."""
+        return int(max(self.to_coordinator.max(), self.from_coordinator.max()))
+
+
+def plan_messages(
+    plans: Sequence[SavePlan],
+    compressed: Sequence[CompressedPlan | SavePlan],
+    checks: Sequence[Checks | None],
+    lookalikes: Sequence[object],
+) -> StepMessages:
+    """The messages of the first step: local plans, and what each rank is to write and compare."""
+    up = _sizes(PLAN, FrameKind.VALUE, zip(lookalikes, plans, strict=True), lambda plan: plan)
+    replies = (
+        ((_shape_of(plan), None if some is None else len(some), len(str(rank))), (plan, some))
+        for rank, (plan, some) in enumerate(zip(compressed, checks, strict=True))
+    )
+    down = _sizes(PLAN, FrameKind.RESULT, replies, lambda reply: reply)
+    return StepMessages("plan", up, down)
+
+
+def _shape_of(plan: CompressedPlan | SavePlan) -> Hashable:
+    if isinstance(plan, CompressedPlan):
+        return len(plan.rows), plan.same_data
+    return id(plan)
+
+
+def written_message(columns: WriteColumns, checks: Checks | None) -> tuple[Hashable, object]:
+    """A rank's value in the second step, and a key that ranks with values of one size share."""
+    sums = None if checks is None else np.zeros(len(checks), dtype=np.uint64)
+    digits = sum(map(len, columns.files))
+    counts = (len(columns.length), len(columns.sums), len(columns.files), digits)
+    checksums = np.zeros(len(columns.sums), dtype=np.uint32)
+    return (counts, None if sums is None else len(sums)), (replace(columns, sums=checksums), sums)
+
+
+def write_messages(keyed: Sequence[tuple[Hashable, object]], metadata: int) -> StepMessages:
+    """The messages of the second step: places, checksums and sums of replicas, and the metadata.
+
+    keyed: `written_message` of each rank. metadata: bytes of the answer, see `metadata_message`.
+    """
+    up = _sizes(WRITE, FrameKind.VALUE, keyed, lambda value: value)
+    down = np.full(len(keyed), metadata, dtype=np.int64)
+    down[COORDINATOR] = 0
+    return StepMessages("write", up, down)
+
+
+def metadata_message(metadata: Metadata, catalog: Catalog) -> int:
+    """Bytes of the frame with which the coordinator ends the save."""
+    bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
+    extras: tuple[Any, ...] = (metadata.planner_data, metadata.storage_meta, metadata.version, {})
+    head, *segments = pack(EncodedMetadata(b"", extras))
+    # The manifest is the first segment, and is not made: it may have gigabytes.
+    empty = _frame_bytes(WRITE, FrameKind.RESULT, [head, *segments])
+    length = encoded_length(bare)
+    return empty + length + -length % 16
+
+
+def _sizes(
+    head: Head,
+    kind: FrameKind,
+    keyed: Iterable[tuple[Hashable, Any]],
+    value: Callable[[Any], object],
+) -> Ints:
+    """The bytes of each rank's message; messages with the same key have one size."""
+    size_of_key: dict[Hashable, int] = {}
+    sizes = []
+    for key, of in keyed:
+        if key not in size_of_key:
+            size_of_key[key] = _frame_bytes(head, kind, pack(value(of)))
+        sizes.append(size_of_key[key])
+    found = np.array(sizes, dtype=np.int64)
+    found[COORDINATOR] = 0
+    return found
+
+
+def _frame_bytes(head: Head, kind: FrameKind, segments: Sequence[Any]) -> int:
+    pieces = encode(Frame(kind, head, segments))
+    return sum(memoryview(piece).nbytes for piece in pieces)
