@@ -22,8 +22,18 @@ from pytest_dcp.api import current_rank
 from pytest_dcp.errors import UnsupportedVersionError
 from pytest_dcp.faults import options as fault_options
 
+OUTER_VARIABLES = (
+    "RANK",
+    "TORCHELASTIC_RUN_ID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "SLURM_STEP_NUM_TASKS",
+)
+"""A process without any of these was started by no launcher of ranks."""
 OPTIONS_KEY = pytest.StashKey[Options]()
 NOTES_KEY = pytest.StashKey[set[str]]()
+OUTER_KEY = pytest.StashKey[Any]()
+"""The `OuterPlugin` of a session under torchrun and the like; None of others."""
 SHOWS_GROUPS_WITHOUT_FRAMES = pytest.version_tuple[:3] >= (9, 0, 3)
 """Older versions fail with an IndexError, which ends the session. Can go with them."""
 
@@ -65,6 +75,11 @@ def pytest_configure(config: pytest.Config) -> None:
     options = config.stash[OPTIONS_KEY]
     config.pluginmanager.register(fixtures, "pytest_dcp.fixtures")
     config.pluginmanager.register(fault_fixtures, "pytest_dcp.fault_fixtures")
+    config.stash[OUTER_KEY] = None
+    if any(name in os.environ for name in OUTER_VARIABLES) and not _in_a_rank():
+        from pytest_dcp._harness.outer import session_plugin
+
+        config.stash[OUTER_KEY] = session_plugin.register(config, options)
     if options.marker:
         config.addinivalue_line(
             "markers",
@@ -137,13 +152,18 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     """
     options = session.config.stash[OPTIONS_KEY]
     decided_markers.decide(session.items, options.marker)
-    if session.config.option.collectonly or _in_a_rank() or not _needs_worlds(session.items):
+    outer = session.config.stash[OUTER_KEY]
+    needs_worlds = _needs_worlds(session.items) or (outer is not None and outer.is_active)
+    if session.config.option.collectonly or _in_a_rank() or not needs_worlds:
         return (yield)
     if sys.platform != "linux":
         return (yield)  # `pytest_runtest_setup` refuses each test that needs a world
+    if outer is not None and outer.is_seat:
+        return (yield)  # it starts ranks, and runs no test
     from pytest_dcp._harness.controller import collection
 
-    harness = collection.begin(session, options)
+    make_harness = outer.make_harness if outer is not None and outer.is_active else None
+    harness = collection.begin(session, options, make_harness)
     try:
         result: object = yield
     except (KeyboardInterrupt, pytest.exit.Exception):

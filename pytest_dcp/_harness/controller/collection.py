@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -35,6 +35,7 @@ STARTS_RANKS = frozenset(
     )
 )
 """Classes of torch whose methods run in processes or threads that they start for that."""
+MakeHarness = Callable[[pytest.Session, Options], Harness]
 MAX_PROBLEMS = 50
 """Lines that one usage error shows."""
 
@@ -162,13 +163,17 @@ def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     return values.sizes[0], ""
 
 
-def begin(session: pytest.Session, options: Options) -> Harness:
+def begin(
+    session: pytest.Session, options: Options, make_harness: MakeHarness | None = None
+) -> Harness:
     """The session's harness, its launcher started, its items attached.
+
+    make_harness: another class of harness.
 
     Raises `pytest.UsageError` when a marker is wrong: until now any plugin may have added one.
     """
     specs = read_specs(session.items, options)
-    harness = Harness(session, options)
+    harness = (make_harness or Harness)(session, options)
     session.config.stash[HARNESS_KEY] = harness
     manager = session.config.pluginmanager
     manager.register(JunitState(), junit_state.NAME)

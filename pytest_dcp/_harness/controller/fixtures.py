@@ -52,8 +52,10 @@ def rank(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def local_rank(request: pytest.FixtureRequest) -> int:
-    """This process's rank on this machine; equal to `rank`, since a world is on one machine."""
-    return _rank_of(request).order.rank
+    """This process's rank on its node; equal to `rank`, except in a session under a launcher of
+    several nodes.
+    """
+    return _rank_of(request).order.local_rank
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +144,12 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
         tmp_path: Path = request.getfixturevalue("tmp_path")
         folder = tmp_path / "checkpoint"
     else:
+        if one.order.place is not None and not one.order.place.shares_folder:
+            pytest.fail(
+                f"checkpoint_dir is a folder that every rank sees, but not all nodes see "
+                f"{one.checkpoint_dir!r}: give --basetemp a folder on a shared file system",
+                pytrace=False,
+            )
         folder = Path(one.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from pytest_dcp._harness.protocol import linux
 from pytest_dcp.errors import WorldError
 
 RANK_VARIABLE = "PYTEST_DCP_RANK"
@@ -41,6 +42,26 @@ def is_worth_preloading(module: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class OuterPlace:
+    """Where a rank is among several machines, or several processes of an outer launcher."""
+
+    local_rank: int
+    """Among the world's ranks on its node."""
+    local_size: int
+    """How many of the world's ranks are on its node."""
+    node: int
+    """The node's number, from 0."""
+    master_addr: str
+    """Where the other ranks reach rank 0."""
+    interface: str = ""
+    """The network interface that leads to rank 0; empty if unknown."""
+    clock_ahead_s: float = 0.0
+    """By how much CLOCK_MONOTONIC here is ahead of the controller's."""
+    shares_folder: bool = True
+    """Whether all ranks of the world see the controller's temporary folder."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankLaunch:
     """All that a rank needs to know to come up."""
 
@@ -56,7 +77,7 @@ class RankLaunch:
     mesh: tuple[int, ...]
     mesh_dim_names: tuple[str, ...] | None
     store: str
-    """Path of the file store at which the ranks meet."""
+    """Path of the file store at which the ranks meet, or `tcp://host:port/prefix`."""
     master_port: int
     """A port reserved for this world, for code that sets up its own env:// rendezvous."""
     seed: int
@@ -64,6 +85,13 @@ class RankLaunch:
     """module: the rank runs several tests, and is reset between them."""
     basetemp: str
     """The rank's own base for tmp_path; not created yet."""
+    place: OuterPlace | None = None
+    """None: all ranks are on this machine, started by its controller."""
+
+    @property
+    def local_rank(self) -> int:
+        """The rank's number among the world's ranks on its node."""
+        return self.rank if self.place is None else self.place.local_rank
 
     @property
     def token(self) -> str:
@@ -81,6 +109,8 @@ class RankLaunch:
         raw["mesh"] = tuple(raw["mesh"])
         if raw["mesh_dim_names"] is not None:
             raw["mesh_dim_names"] = tuple(raw["mesh_dim_names"])
+        if raw["place"] is not None:
+            raw["place"] = OuterPlace(**raw["place"])
         return RankLaunch(**raw)
 
 
@@ -114,6 +144,8 @@ class ProcessExit:
     """The exit code, or minus the signal."""
     leaked_processes: tuple[str, ...] = ()
     """The processes that it left running, as `pid (command)`; they were killed."""
+    how: str = ""
+    """How it ended, in words, if `status` cannot be known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +206,12 @@ class Launcher(Protocol):
     def resume(self, world: int, rank: int) -> None:
         """SIGCONT the rank and its process group."""
 
+    def at_work(self, world: int, rank: int, pid: int) -> bool:
+        """Whether a thread of the rank's process `pid` runs, or waits for a processor or a disk."""
+
+    def main_thread_cpu_s(self, world: int, rank: int, pid: int) -> float:
+        """Processor time of the rank's main thread, in seconds."""
+
     def preload(self, modules: Sequence[str]) -> None:
         """Hint: later ranks are likely to import these modules."""
 
@@ -185,7 +223,15 @@ class Launcher(Protocol):
 
 
 class Signals:
-    """Signals that a launcher sends to ranks."""
+    """Signals that a launcher sends to ranks, and its looks at their processes on this machine."""
+
+    def at_work(self, world: int, rank: int, pid: int) -> bool:
+        """Whether the rank does something, polls, or would if it had a processor."""
+        return linux.at_work(pid)
+
+    def main_thread_cpu_s(self, world: int, rank: int, pid: int) -> float:
+        """Processor time of the rank's main thread, in seconds."""
+        return linux.main_thread_cpu_s(pid)
 
     def stacks(self, world: int, rank: int) -> None:
         """Have the rank write its stacks."""

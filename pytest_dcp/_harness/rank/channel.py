@@ -6,9 +6,11 @@ import os
 import select
 import socket
 import threading
+from dataclasses import replace
 from typing import TypeVar
 
 from pytest_dcp._harness.protocol.messages import (
+    At,
     DebugAnswer,
     Decoder,
     Done,
@@ -31,8 +33,10 @@ class ControllerGoneError(DcpError):
 class Channel:
     """A rank's end of the report socket: send, and wait for the reply."""
 
-    def __init__(self, fd: int, interrupts: RankInterrupts) -> None:
+    def __init__(self, fd: int, interrupts: RankInterrupts, clock_ahead_s: float = 0.0) -> None:
         self._interrupts = interrupts
+        self._clock_ahead_s = clock_ahead_s
+        """By how much this machine's clock is ahead of the controller's."""
         self._socket = socket.socket(fileno=fd)
         self._decoder = Decoder()
         self._pending: list[Message] = []
@@ -53,6 +57,8 @@ class Channel:
                 f"process {os.getpid()} was forked from rank process {self._pid} and cannot "
                 "speak for the rank: use the world's fixtures in the rank itself"
             )
+        if self._clock_ahead_s and isinstance(message, Done | At) and message.at_s:
+            message = replace(message, at_s=message.at_s - self._clock_ahead_s)
         data = encode(message)
         with self._interrupts.held(), self._sending:
             self._socket.sendall(data)

@@ -16,11 +16,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 from pytest_dcp import api
 from pytest_dcp._harness.protocol import linux
-from pytest_dcp._harness.protocol.launcher import RANK_VARIABLE, STACKS_SIGNAL, RankFds, RankLaunch
+from pytest_dcp._harness.protocol.launcher import (
+    RANK_VARIABLE,
+    STACKS_SIGNAL,
+    OuterPlace,
+    RankFds,
+    RankLaunch,
+)
 from pytest_dcp._harness.protocol.messages import (
     At,
     CallFunction,
@@ -44,6 +51,8 @@ from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
 from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 
+LOOPBACK = "127.0.0.1"
+
 
 class ItemRunner(Protocol):
     """Runs the items of a session in this rank."""
@@ -66,7 +75,8 @@ def run(
     code = 1
     try:
         interrupts = RankInterrupts()
-        channel = Channel(fds.socket, interrupts)
+        ahead_s = order.place.clock_ahead_s if order.place is not None else 0.0
+        channel = Channel(fds.socket, interrupts, ahead_s)
         interrupts.install(lambda: channel.send(At("interrupted")))
         rank = Rank(order, channel, fds, interrupts, seed=order.seed)
         api.enter_rank(rank)
@@ -127,13 +137,14 @@ def _boot(rank: Rank) -> bool:
 
 def environment(order: RankLaunch) -> dict[str, str]:
     """The standard variables of torch's launchers. Pure (no I/O)."""
+    place = order.place or OuterPlace(order.rank, order.size, 0, LOOPBACK)
     return {
         "RANK": str(order.rank),
-        "LOCAL_RANK": str(order.rank),
-        "GROUP_RANK": "0",
+        "LOCAL_RANK": str(place.local_rank),
+        "GROUP_RANK": str(place.node),
         "WORLD_SIZE": str(order.size),
-        "LOCAL_WORLD_SIZE": str(order.size),
-        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_WORLD_SIZE": str(place.local_size),
+        "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(order.master_port),
         RANK_VARIABLE: order.token,
     }
@@ -141,8 +152,12 @@ def environment(order: RankLaunch) -> dict[str, str]:
 
 def _set_environment(order: RankLaunch) -> None:
     os.environ.update(environment(order))
-    # Reverse look-ups of the host's own name took gloo seconds; ranks are on one machine.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    interface = "lo" if order.place is None else order.place.interface
+    # Reverse look-ups of the host's own name took gloo seconds.
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # It says that torchrun has a store at MASTER_PORT; this world's port is free for the test.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
 
 
 def _init_process_group(order: RankLaunch) -> None:
@@ -152,14 +167,26 @@ def _init_process_group(order: RankLaunch) -> None:
     device = torch.device(order.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = dist.FileStore(order.store, order.size)  # type: ignore[attr-defined]  # public, not in __all__
     dist.init_process_group(
         order.backend,
-        store=store,
+        store=_open_store(order),
         rank=order.rank,
         world_size=order.size,
         device_id=device if order.backend == "nccl" else None,
     )
+
+
+def _open_store(order: RankLaunch) -> Any:
+    """The store at which the world's ranks meet: a file, or on several machines a prefix of the
+    session's TCP store.
+    """
+    import torch.distributed as dist
+
+    url = urlsplit(order.store)
+    if url.scheme != "tcp":
+        return dist.FileStore(order.store, order.size)  # type: ignore[attr-defined]  # public, not in __all__
+    client = dist.TCPStore(url.hostname or "", url.port or 0, is_master=False)  # type: ignore[attr-defined]  # as above
+    return dist.PrefixStore(url.path, client)  # type: ignore[attr-defined]  # as above
 
 
 def _serve(rank: Rank, runner: ItemRunner) -> None:

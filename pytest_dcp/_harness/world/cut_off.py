@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.messages import Done, Phase
 from pytest_dcp._harness.world.outcome import Outcome, combine
 from pytest_dcp._harness.world.rank_loop import RankLoop
@@ -47,7 +46,7 @@ def _look_for_work(loop: RankLoop, supervisor: Supervisor, seen_s: dict[int, flo
     hangs wakes up for each signal.
     """
     for rank in supervisor.busy:
-        used_s = linux.main_thread_cpu_s(loop.ranks[rank].pid)
+        used_s = loop.main_thread_cpu_s(rank)
         if used_s >= seen_s.setdefault(rank, used_s) + WORK_S:
             seen_s[rank] = used_s
             supervisor.see_work(rank, time.monotonic())

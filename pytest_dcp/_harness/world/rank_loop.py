@@ -142,7 +142,7 @@ class RankLoop:
                 self.act(self.supervisor.see_stop_change(change.rank, now, stopped=change.stopped))
                 continue
             self.leaked_processes += [(change.rank, leaked) for leaked in change.leaked_processes]
-            self.act(self.supervisor.see_exit(change.rank, change.status, now))
+            self.act(self.supervisor.see_exit(change.rank, change.status, now, change.how))
         return bool(news)
 
     def _abandon(self, lost: LauncherLostError) -> None:
@@ -230,6 +230,14 @@ class RankLoop:
             signal_rank(self._world, rank)
         except LauncherLostError as lost:
             self._abandon(lost)
+
+    def at_work(self, rank: int) -> bool:
+        """Whether a rank does something, polls, or would if it had a processor."""
+        return self._launcher.at_work(self._world, rank, self.ranks[rank].pid)
+
+    def main_thread_cpu_s(self, rank: int) -> float:
+        """Processor time of a rank's main thread, in seconds."""
+        return self._launcher.main_thread_cpu_s(self._world, rank, self.ranks[rank].pid)
 
     def _look_at_output(self, now: float) -> None:
         for rank, end in enumerate(self.ranks):

@@ -272,8 +272,11 @@ class Supervisor:
         text = f"still in {self.phase}"
         return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
 
-    def see_exit(self, rank: int, status: int, now: float) -> list[Action]:
-        """A rank's process ended; `status` is negative for a signal."""
+    def see_exit(self, rank: int, status: int, now: float, how: str = "") -> list[Action]:
+        """A rank's process ended; `status` is negative for a signal.
+
+        how: in words, if the status cannot be known.
+        """
         state = self.states[rank]
         # Read first: leaving its place forgets the error.
         raised = self._timers.places.error_of(rank)
@@ -291,7 +294,7 @@ class Supervisor:
         # A killed rank's failure was noted with the kill; a rank that is gone was given up before.
         if as_asked or state in (S.KILLED, S.GONE) or has_left:
             return [*self._meet(), *self._answer_requests()]
-        text = f"{exit_text(status)}{when_text(state, status, self.phase)}"
+        text = f"{how or exit_text(status)}{when_text(state, status, self.phase)}"
         if raised is not None:
             text += f"; it had raised {raised.text}"
         self._fail(RankFailure(rank, "crashed", self.phase, now, text), now)

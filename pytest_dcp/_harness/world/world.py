@@ -19,7 +19,6 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import RankLaunch
 from pytest_dcp._harness.protocol.messages import Done, Down, FaultAct, FaultAsk, Leave, Phase
 from pytest_dcp._harness.protocol.places import PREPARE_S
@@ -309,7 +308,7 @@ class World:
 
     def at_work(self, rank: int) -> bool:
         """Whether a rank does something, polls, or would if it had a processor."""
-        return linux.at_work(self._loop.ranks[rank].pid)
+        return self._loop.at_work(rank)
 
     def forget_draws(self) -> None:
         """A new example begins."""
@@ -321,7 +320,7 @@ class World:
     def _order(self, rank: int) -> RankLaunch:
         spec = self.spec
         device = spec.device
-        if device == "cuda":
+        if device == "cuda" and self._gpus:
             device = f"cuda:{self._gpus[rank % len(self._gpus)]}"
         return RankLaunch(
             session=self._settings.session,

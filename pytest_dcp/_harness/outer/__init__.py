@@ -1,0 +1,1 @@
+"""Sessions that an outer launcher starts: torchrun, srun, mpirun. Imported only there."""
