@@ -16,7 +16,9 @@ def find_disagreement(joins: Mapping[int, SeatJoin]) -> str:
 
     The order of the tests may differ: controller and ranks find a test by its name.
     """
-    failed = {rank: join.problem for rank, join in joins.items() if join.problem and rank}
+    # What rank 0 could not collect either is in its own report.
+    others = joins.items() if not joins[0].problem else ()
+    failed = {rank: join.problem for rank, join in others if join.problem}
     expected = dict(joins[0].tests)
     by_difference: dict[str, list[int]] = {}
     for rank, join in sorted(joins.items()):
@@ -39,13 +41,13 @@ def _difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> str:
     other = [name for name in actual if actual[name] != expected.get(name, actual[name])]
     parts = []
     if missing:
-        parts.append(f"lacks {_some(missing)}")
+        parts.append(f"lacked {_some(missing)}")
     if extra:
-        parts.append(f"has {_some(extra)}")
+        parts.append(f"also had {_some(extra)}")
     if other:
         name = other[0]
         parts.append(
-            f"has {name} with {actual[name] or 'no world'}, and rank 0 with "
+            f"had {name} with {actual[name] or 'no world'}, and rank 0 with "
             f"{expected[name] or 'no world'}"
         )
     return " and ".join(parts)

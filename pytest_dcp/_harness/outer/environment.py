@@ -157,7 +157,7 @@ def _master_addr(names: _Variables, environ: Mapping[str, str]) -> str:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise OuterEnvironmentError(
-            f"{names.launcher} started {environ[names.size]} ranks, but {' and '.join(missing)} "
+            f"{names.size}={environ[names.size]} ranks need {' and '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not set: export the address of rank 0's node "
             "and a free port there, the same for all ranks"
         )

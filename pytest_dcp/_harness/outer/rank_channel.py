@@ -40,6 +40,8 @@ class RankChannel:
     ended_at: float = 0.0
     activity: tuple[bool, float] = (False, 0.0)
     is_open: bool = True
+    is_forgotten: bool = False
+    """The world is gone: no one reads its news."""
 
     def take(self, message: FromRank | RankClosed | RankFile | RankActivity | RankEnded) -> None:
         """A message of the rank's seat."""

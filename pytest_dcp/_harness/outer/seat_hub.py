@@ -200,9 +200,7 @@ class SeatHub:
             seats = set()
             for key, channel in self._state.channels.items():
                 if key[0] == world:
-                    channel.is_closing = True
-                    channel.end_report = channel.end_report or RankEnded(*key, 0)
-                    channel.ended_at = 0.0
+                    channel.is_forgotten = True
                     seats.add(channel.seat)
             self._state.news.pop(world, None)
         self.send(sorted(seats), ForgetWorld(world))
@@ -229,13 +227,24 @@ class SeatHub:
             with self.changed:
                 self._watch_links()
                 if self._state.is_ending and not self._has_unsent():
-                    self._listener.close()
+                    self._close_own()
                     return
             ready = self._selector.select(LOOK_S)
             with self.changed:
                 for key, mask in ready:
                     self._handle(key.data, mask)
                 self._deliver_ends()
+
+    def _close_own(self) -> None:
+        """Close all but the seats' connections."""
+        for stranger in self._state.strangers:
+            stranger.link.close()
+        for channel in self._state.channels.values():
+            channel.close()
+        self._state.channels.clear()
+        self._selector.close()
+        for sock in (self._listener, self._wake_r, self._wake_w, self._news_r, self._news_w):
+            sock.close()
 
     def _has_unsent(self) -> bool:
         return any(one.link.has_unsent for one in self._state.seats.values() if not one.lost)
@@ -295,7 +304,7 @@ class SeatHub:
             self._lose(seat, f"sent what is no message: {error}")
             return
         if not data:
-            self._lose(seat, "is gone, or its machine does not answer")
+            self._lose(seat, "is gone or unreachable")
 
     def _lose(self, seat: SeatConnection, how: str) -> None:
         seat.link.close()
@@ -369,19 +378,17 @@ class SeatHub:
         """Report the ranks that have ended, once the controller has all that they sent."""
         for key, channel in list(self._state.channels.items()):
             end_report = channel.end_report
-            delayed = end_report is not None and time.monotonic() - channel.ended_at >= UNREAD_S
-            if channel.is_open and channel.link.has_unsent and not delayed:
+            if end_report is None and not channel.is_forgotten:
+                if channel.is_closing and not channel.link.has_unsent:
+                    channel.close_link()
                 continue
-            if end_report is not None:
+            is_delivered = not (channel.is_open and channel.link.has_unsent)
+            is_late = time.monotonic() - channel.ended_at >= UNREAD_S
+            if is_delivered or is_late or channel.is_forgotten:
                 channel.close()
                 del self._state.channels[key]
-                if channel.ended_at:  # else the controller has forgotten it
-                    leaked = end_report.leaked_processes
-                    self._tell(
-                        key[0], ProcessExit(key[1], end_report.status, leaked, end_report.how)
-                    )
-            elif channel.is_closing:
-                channel.close_link()
+                if end_report is not None and not channel.is_forgotten:
+                    self._tell(key[0], _process_exit(end_report))
 
     def _tell(self, world: int, change: ProcessExit | StopChange) -> None:
         self._state.news.setdefault(world, []).append(change)
