@@ -193,6 +193,32 @@ class CheckpointReplacedError(CheckpointError):
     """Another save replaced the checkpoint while it was being loaded: load again."""
 
 
+class NotACheckpointError(CheckpointError, ValueError):
+    """A path to open has no checkpoint: an unfinished save, another format, or other files."""
+
+
+class UnknownNameError(CheckpointError, KeyError):
+    """An opened checkpoint has no tensor or value of this name; the text gives the nearest names.
+
+    Also a KeyError, as of any mapping.
+    """
+
+    def __init__(self, message: str, name: str = "", nearest: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.name = name
+        self.nearest = nearest
+        """Names of the checkpoint that are spelled alike, the nearest first."""
+
+    def __str__(self) -> str:
+        return self.message  # a KeyError's own is the text in quotes
+
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., UnknownNameError], tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.message, self.name, self.nearest)
+
+
 class CheckpointMismatchError(CheckpointError, RuntimeError, ValueError):
     """The state to load does not fit the checkpoint: keys, shapes or types differ.
 

@@ -6,7 +6,8 @@ Used by the three doors to private names: `_torch_internals`, `_pytest_internals
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,7 +43,7 @@ class SupportedVersions:
         path = owner.__name__ if is_module else f"{owner.__module__}.{owner.__qualname__}"
         declaring = (owner,) if is_module else owner.__mro__
         for name in names:
-            declared = any(name in vars(one).get("__annotations__", {}) for one in declaring)
+            declared = any(name in _annotations_of(one) for one in declaring)
             if not declared and not hasattr(owner, name):
                 raise self.refuse(f"{path}.{name}")
 
@@ -51,6 +52,17 @@ class SupportedVersions:
         return UnsupportedVersionError(
             self.package, self.installed, missing, f"{self.oldest} to {self.newest}"
         )
+
+
+def _annotations_of(owner: type | ModuleType) -> Mapping[str, object]:
+    """The owner's own annotations, not those of its bases."""
+    if sys.version_info >= (3, 14):
+        # They are made on demand there, and may name what only a type checker imports.
+        import annotationlib
+
+        return annotationlib.get_annotations(owner, format=annotationlib.Format.FORWARDREF)
+    found: Mapping[str, object] = vars(owner).get("__annotations__", {})
+    return found
 
 
 def missing_name(error: ImportError) -> str:

@@ -253,9 +253,14 @@ class Boundary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        if error is not None:
-            # The interpreter raises it again with the traceback that it has then.
-            forget_frames(error)
+        if error is None:
+            return
+        frames = error.__traceback__
+        forget_frames(error)
+        # The interpreter raises the error again with the traceback that it has now. Python 3.10
+        # takes the one that it had on entry here, so we cut that; the caller's frame stays in it.
+        if sys.version_info < (3, 11) and frames is not None and error.__traceback__ is None:
+            frames.tb_next = None
 
 
 BOUNDARY = Boundary()

@@ -43,6 +43,9 @@ from typing import TYPE_CHECKING
 from pytest_dcp._engine import torch_twins as torch_twins
 from pytest_dcp._engine.coordinate import StepError
 from pytest_dcp._engine.io.progress_observer import Progress
+from pytest_dcp._engine.lazy_reading.contents import StoredShard
+from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor, LazyValue
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
@@ -91,11 +94,16 @@ from pytest_dcp.errors import (
     CheckpointFileMissingError,
     CheckpointMismatchError,
     CheckpointReplacedError,
+    NotACheckpointError,
     PlanError,
     ReplicaMismatchError,
     SaverProcessError,
+    UnknownNameError,
     UntrustedPickleError,
 )
+
+open = open_checkpoint
+"""Not in `__all__`: after `import *` it would hide the builtin."""
 
 __all__ = [
     "save",
@@ -104,6 +112,11 @@ __all__ = [
     "load_without_template",
     "save_state_dict",
     "load_state_dict",
+    "open_checkpoint",
+    "OpenCheckpoint",
+    "LazyTensor",
+    "LazyValue",
+    "StoredShard",
     "LoadReport",
     "PerRank",
     "Progress",
@@ -140,6 +153,8 @@ __all__ = [
     "CheckpointFileMissingError",
     "CheckpointMismatchError",
     "CheckpointReplacedError",
+    "NotACheckpointError",
+    "UnknownNameError",
     "PlanError",
     "ReplicaMismatchError",
     "SaverProcessError",

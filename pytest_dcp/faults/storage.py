@@ -29,7 +29,7 @@ from pytest_dcp.faults.crashes.crash_state import (
     loads_one_of,
     recording_dir,
 )
-from pytest_dcp.faults.crashes.loaders import check_signature
+from pytest_dcp.faults.crashes.loaders import check_filled, check_signature
 from pytest_dcp.faults.crashes.recording import Folders, recording
 from pytest_dcp.faults.injection.filesystem import FaultyFileSystem, StoreFolder
 from pytest_dcp.faults.injection.fire_counts import FireCounts
@@ -193,7 +193,7 @@ class FaultyStorage:
         where = self.checkpoint_dir if checkpoint_id is None else checkpoint_id
         with self._injector.at_rest(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(actual, checkpoint_id=where, **keywords)
+            check_filled(load(actual, checkpoint_id=where, **keywords), actual)
         unlike = list(differences(actual, expected))
         if unlike:
             raise AssertionError(f"{os.fspath(where)} does not hold the state: {'; '.join(unlike)}")

@@ -79,6 +79,10 @@ def test_a_breakpoint_stops_the_first_rank_that_meets_it_and_no_other(stop: Stop
     assert stop.went_on == RANKS - {stop.rank}
 
 
+def test_the_heading_names_the_rank_that_has_the_terminal(stop: Stop) -> None:
+    assert f"> rank {stop.rank} of {len(RANKS)} has the terminal >" in stop.shown
+
+
 def test_the_clocks_stand_still_while_a_rank_is_stopped(stop: Stop) -> None:
     assert stop.result.outcomes("test_breakpoint") == PASSED
     assert {note["rank"] for note in stop.result.noted("after")} == RANKS

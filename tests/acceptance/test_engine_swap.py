@@ -76,6 +76,11 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
 
 
+def printed(ran: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of stdout; gloo prints its own there with torch 2.10."""
+    return [line for line in ran.stdout.splitlines() if not line.startswith("[Gloo]")]
+
+
 def _add_newer_module(folder: Path) -> None:
     """A module that ours lacks: we have all of torch's, so it is one of a torch to come."""
     (folder / "newer").mkdir()
@@ -160,8 +165,8 @@ def test_the_ranks_of_torchrun_and_their_children_save_with_our_engine(folder: P
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ran = run(folder, *launch, "-m", "pytest_dcp", "run", "ranks.py", str(folder / "of-ranks"))
     assert ran.returncode == 0, ran.stderr
-    ours = "pytest_dcp._engine.verbs.save\n"
-    assert sorted(ran.stdout.splitlines(True)) == [f"child: {ours}"] * 2 + [f"rank: {ours}"] * 2
+    ours = "pytest_dcp._engine.verbs.save"
+    assert sorted(printed(ran)) == [f"child: {ours}"] * 2 + [f"rank: {ours}"] * 2
     assert (folder / "of-ranks" / ".metadata").exists()
 
 
@@ -194,7 +199,7 @@ def test_a_save_in_a_background_process_is_ours(folder: Path) -> None:
     names = [str(folder / "in-a-process"), str(folder / "store")]
     ran = run(folder, "-m", "pytest_dcp", "run", "in_a_process.py", *names)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "pytest_dcp._engine.background.async_save [0.0, 1.0, 2.0]"
+    assert printed(ran) == ["pytest_dcp._engine.background.async_save [0.0, 1.0, 2.0]"]
 
 
 NAMES = """

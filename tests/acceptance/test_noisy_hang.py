@@ -30,8 +30,8 @@ def logs(session: SessionResult, test: str) -> dict[str, str]:
 
 def test_a_hang_counts_debug_lines_also_those_of_earlier_phases(session: SessionResult) -> None:
     shown = logs(session, "test_hangs")
-    info = "INFO     noisy:test_noisy_hang.py:20 ready\n"
-    warning = "WARNING  noisy:test_noisy_hang.py:26 careful\n"
+    info = "INFO     noisy:test_noisy_hang.py:23 ready\n"
+    warning = "WARNING  noisy:test_noisy_hang.py:29 careful\n"
     assert shown == {
         "Captured log [ranks 0-1] setup": info + LEFT_OUT.format(200),
         "Captured log [rank 0] call": warning + LEFT_OUT.format(200),
@@ -48,6 +48,17 @@ def test_another_failure_shows_all_lines(session: SessionResult) -> None:
     shown = logs(session, "test_fails")
     assert shown["Captured log [rank 0] setup"].count("DEBUG") == 200
     assert "the last words" in shown["Captured log [ranks 0-1] call"]
+
+
+def test_events_of_a_save_are_left_out_of_the_log(session: SessionResult) -> None:
+    (text,) = logs(session, "test_fails_after_a_save").values()
+    assert text == "WARNING  c10d-other:test_noisy_hang.py:40 a warning of torch's"
+
+
+def test_events_of_a_save_are_shown_on_demand(suite: Suite) -> None:
+    session = suite.run("-k", "after_a_save", "--log-level=DEBUG")
+    shown = logs(session, "test_fails_after_a_save")
+    assert "'event': 'start'" in shown["Captured log [rank 0] call"]
 
 
 def test_lines_that_were_asked_for_are_shown(suite: Suite) -> None:

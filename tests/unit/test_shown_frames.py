@@ -176,7 +176,9 @@ def test_a_stack_that_arrived_as_text_is_judged_alike(ours: Any) -> None:
 
 def test_a_boundary_leaves_the_callers_line_alone(ours: Any) -> None:
     error = raised(drop_inner_frames(ours.refuse), ValueError)
-    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)] == ["raised"]
+    # Python 3.10 keeps the frame that raises the error again.
+    names = ["raised"] if sys.version_info >= (3, 11) else ["raised", "called"]
+    assert [frame.name for frame in traceback.extract_tb(error.__traceback__)] == names
     assert is_explained(error)
     assert [*drop_inner_frames(lambda: [1])()] == [1]
 

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from pytest_dcp._engine.conversion.torch_save_files import read_torch_save
+from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp._engine.plan.materialise import current_device, group_device_type
 from pytest_dcp._engine.plan.nested import flatten
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner

@@ -24,23 +24,20 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import contiguous_stride
-from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.format.state_dict_archive import (
     TensorPlace,
     close_archive,
     pickle_state_dict,
     place_tensors,
 )
+from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
 from pytest_dcp._torch_internals.tensors import identity_of_storage
-from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 from pytest_dcp.tracebacks import drop_inner_frames
 
 PathLike = str | os.PathLike[str]
-
-ZIP_SIGNATURE = b"PK\x03\x04"
 
 
 @drop_inner_frames
@@ -91,36 +88,6 @@ def _without_single_process_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, Any]:
-    """The state dict in a file of `torch.save`; its tensors lie in the file, which is mapped.
-
-    Writes into them stay in this process.
-    """
-    with open(path, "rb") as file:
-        signature = file.read(len(ZIP_SIGNATURE))
-        if signature != ZIP_SIGNATURE:
-            raise CheckpointCorruptError(
-                f"expected the zip archive that torch.save writes, got a file that begins with "
-                f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
-                "and saved again",
-                file=os.fspath(path),
-            )
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        state_dict = decode_value(memoryview(mapped), share=True)
-    except CheckpointCorruptError as error:
-        if weights_only or not isinstance(error, UntrustedPickleError):
-            raise error.at(file=os.fspath(path)) from error
-        # Not by `decode_value`, which would hold the whole file in memory.
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    if not isinstance(state_dict, dict):
-        raise TypeError(
-            f"expected a state dict in {os.fspath(path)}, got {type(state_dict).__name__}: a "
-            "checkpoint holds a dict of tensors and values"
-        )
-    return state_dict
 
 
 @contextlib.contextmanager

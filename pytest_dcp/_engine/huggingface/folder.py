@@ -16,7 +16,7 @@ A folder that breaks a rule raises CheckpointCorruptError naming the file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -38,7 +38,7 @@ from pytest_dcp._engine.huggingface.stored_parts import catalog_of, parts_of, se
 from pytest_dcp._engine.huggingface.weight_index import WeightIndex, read_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.read_safetensors import read_header
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointReplacedError
 
 
 def read_folder(folder: Folder, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
@@ -62,6 +62,23 @@ def read_folder(folder: Folder, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
         parts = select_mapped_parts(parts, index.weight_map)
     save_id = next(iter(headers.values())).metadata.get(SAVE_KEY)
     return replace(catalog_of(parts), storage_meta=StorageMeta(save_id=save_id))
+
+
+def read_settled(
+    find_folder: Callable[[], Folder], current: Folder, limit: MemoryLimit = DEFAULT_LIMIT
+) -> Catalog:
+    """The catalog of the checkpoint; read again as long as saves change the folder meanwhile.
+
+    find_folder: gives the folder for each try. current: the folder without open files.
+    """
+    look: object = None
+    while True:
+        try:
+            return read_folder(find_folder(), limit)
+        except (CheckpointCorruptError, FileNotFoundError, CheckpointReplacedError):
+            before, look = look, read_changing_parts(current)
+            if before == look:
+                raise
 
 
 def files_in_force(folder: Folder) -> set[str]:

@@ -6,6 +6,7 @@ files of a folder are one checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 from collections.abc import Callable
@@ -21,9 +22,8 @@ from pytest_dcp._engine.format.catalog_checks import checked_path
 from pytest_dcp._engine.huggingface.file_layout import with_data_at_start
 from pytest_dcp._engine.huggingface.folder import (
     leased_name,
-    read_changing_parts,
     read_files,
-    read_folder,
+    read_settled,
 )
 from pytest_dcp._engine.huggingface.safetensors_file import SafetensorsFile
 from pytest_dcp._engine.io.file_queue import FileQueue
@@ -35,7 +35,7 @@ from pytest_dcp._engine.plan.hooks import is_overridden, overridden
 from pytest_dcp._engine.storages.folder_metadata import save_of as save_of_meta
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.load_into_targets import LoadedBytes
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointReplacedError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 
 class HuggingFaceStorageReader(FileSystemReader):
@@ -83,15 +83,14 @@ class HuggingFaceStorageReader(FileSystemReader):
 
     def _read_settled(self, folder: Callable[[], Folder]) -> Catalog:
         """The folder's catalog; read again as long as saves change the folder meanwhile."""
-        look: object = None
-        while True:
-            try:
-                return read_folder(folder(), self.memory)
-            except (CheckpointCorruptError, FileNotFoundError, CheckpointReplacedError):
-                before, look = look, read_changing_parts(self._unopened_folder())
-                if before == look:
-                    raise
+        tries = itertools.count()
+
+        def find_folder() -> Folder:
+            if next(tries):
                 self._forget_files()
+            return folder()
+
+        return read_settled(find_folder, self._unopened_folder(), self.memory)
 
     def leased(self, rank: int) -> AbstractContextManager[None]:
         """Hold off the next save's commit for some seconds, if the storage can do that."""

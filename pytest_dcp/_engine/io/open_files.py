@@ -32,13 +32,14 @@ def most_files() -> int:
 class OpenFiles(LocalDisk):
     """A disk that uses the open files of one folder, and opens all other files as usual."""
 
-    def __init__(self, disk: LocalDisk, folder: Any) -> None:
+    def __init__(self, disk: LocalDisk, folder: Any, *, most: int | None = None) -> None:
+        """most: how many files are kept open at most, besides the process's limit."""
         super().__init__(follow_links=disk.follow_links)
         self.disk: Disk = disk
         self.folder = folder
         self.complete = True
         """Whether every file that should be kept is open."""
-        self._most = most_files()
+        self._most = most_files() if most is None else min(most, most_files())
         self._files: dict[str, LocalIn] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
         """The identity of files that are not kept open, to detect a replacement."""

@@ -283,7 +283,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         source = ItemSource(
             self._folder(),
             catalog,
-            ReadSettings(self.verify, self.thread_count or _threads(), memory=self.memory),
+            ReadSettings(self.verify, self.thread_count or reader_threads(), memory=self.memory),
             self.transforms.extension_registry,
             observer("load"),
         )
@@ -326,7 +326,7 @@ def checked_verify(verify: str) -> Verify:
     return cast(Verify, verify)
 
 
-def _threads() -> int:
+def reader_threads() -> int:
     """Reader threads for this rank: its share of the cores that it may use, at most 4."""
     cores = operating_system.usable_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)

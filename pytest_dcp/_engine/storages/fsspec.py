@@ -107,7 +107,7 @@ class FileSystem(FileSystemBase):
         return names
 
 
-def _open_filesystem(
+def open_filesystem(
     path: Id, options: dict[str, Any], *, follow_links: bool = False
 ) -> tuple[FileSystemBase, Id]:
     """The file system of a path, and its own form of the path; local paths use the engine's own."""
@@ -148,10 +148,10 @@ class FsspecWriter(FileSystemWriter):
             serialization_format=serialization_format,
         )
         self.options = kwargs
-        self.fs, self.path = _open_filesystem(path, kwargs)
+        self.fs, self.path = open_filesystem(path, kwargs)
 
     def _point_at(self, checkpoint_id: Id) -> None:
-        self.fs, self.path = _open_filesystem(checkpoint_id, self.options)
+        self.fs, self.path = open_filesystem(checkpoint_id, self.options)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Id) -> bool:
@@ -183,12 +183,12 @@ class FsspecReader(FileSystemReader):
             follow_links=follow_links,
         )
         self.options = kwargs
-        self.fs, self.path = _open_filesystem(path, kwargs, follow_links=follow_links)
+        self.fs, self.path = open_filesystem(path, kwargs, follow_links=follow_links)
         if thread_count is None and isinstance(self.fs, FileSystem):
             self.thread_count = READERS
 
     def _point_at(self, checkpoint_id: Id) -> None:
-        self.fs, self.path = _open_filesystem(
+        self.fs, self.path = open_filesystem(
             checkpoint_id, self.options, follow_links=self.follow_links
         )
 

@@ -267,6 +267,15 @@ class WorldBlock:
         self._worlds = worlds
         self._spec = spec
 
+    if not TYPE_CHECKING:  # type checkers report such a name themselves
+
+        def __getattr__(self, name):  # a `with` that was forgotten is the commonest mistake
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(FunctionWorld, name):
+                size = self._spec.size
+                text += f"; a world starts in a block: with worlds({size}) as world: world.{name}"
+            raise AttributeError(text)
+
     def __enter__(self) -> FunctionWorld:
         self._world, self._functions = self._worlds.open_world(self._spec)
         return self._functions

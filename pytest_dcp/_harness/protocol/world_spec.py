@@ -121,14 +121,14 @@ def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
     if isolation not in get_args(Isolation):
         problems.append(f"isolation= takes test or module; got {isolation!r}")
     timeout = kwargs.get("timeout")
-    if timeout is not None and not _is_positive_number(timeout):
-        problems.append(f"timeout= takes seconds > 0, or None; got {timeout!r}")
+    if timeout is not None and not _is_duration(timeout):
+        problems.append(f"timeout= takes seconds, or 0 or None for no limit; got {timeout!r}")
     return problems + _mesh_problems(kwargs)
 
 
-def _is_positive_number(value: object) -> bool:
-    # NaN is not above 0 either.
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _is_duration(value: object) -> bool:
+    # NaN is not above or at 0 either.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _mesh_problems(kwargs: Mapping[str, object]) -> list[str]:
@@ -190,9 +190,9 @@ def resolve(
 
 
 def _seconds(timeout: object) -> float:
-    """A limit as a float; inf if there is no limit, or it is too large for a float."""
+    """A limit as a float; inf for 0 and None, and if it is too large for a float."""
     try:
-        return float(timeout) if isinstance(timeout, int | float) else math.inf
+        return float(timeout) if isinstance(timeout, int | float) and timeout else math.inf
     except OverflowError:
         return math.inf
 

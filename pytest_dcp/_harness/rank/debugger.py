@@ -62,6 +62,11 @@ class RankTerminal:
         elif self._stdin >= 0:
             os.dup2(self._stdin, 0)
 
+    def name_rank(self, rank: int, size: int) -> None:
+        """Say whose debugger it is, below the debugger's own heading."""
+        if self._writer is not None:
+            self._writer.sep(">", f"rank {rank} of {size} has the terminal")
+
     def _take(self, path: str) -> None:
         """Replace the standard files by the terminal, also the ones that capture saved."""
         with contextlib.suppress(OSError):  # there is none: the debugger reads an end of file
@@ -101,6 +106,8 @@ class RankDebugger:
             if not self._debugging and not self._ask_for_terminal(method):
                 return NoPdb()
             pdb = original(method, *args, **kwargs)
+            # From here on nothing captures what the writer writes.
+            self._terminal.name_rank(self.rank.order.rank, self.rank.order.size)
             pdb.setup = self._wrap_setup(pdb.setup)
             return pdb
 

@@ -28,6 +28,23 @@ DEAF = sys.maxsize
 """A level that no record has."""
 
 
+def leave_out_call_events(config: pytest.Config) -> None:
+    """Keep torch's events of calls out of the captured log, unless the user has set a log level.
+
+    torch's loggers `c10d-...` hold a dict at DEBUG when a save, a load or a collective begins, and
+    one when it ends, for handlers that count them; some twenty for each checkpoint test that fails.
+    `caplog` still has them.
+    """
+    plugin: Any = config.pluginmanager.getplugin("logging-plugin")
+    handler: Any = getattr(plugin, "report_handler", None)
+    if handler is not None and getattr(plugin, "log_level", None) is None:
+        handler.addFilter(_is_no_call_event)
+
+
+def _is_no_call_event(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or not record.name.startswith("c10d-")
+
+
 def log_without_debug(config: pytest.Config) -> tuple[int, str]:
     """How many records below INFO the last phase has logged, and its captured log without them.
 

@@ -48,6 +48,7 @@ class PhaseVerdicts:
     def __init__(self, config: pytest.Config, debugger: RankDebugger) -> None:
         self.config = config
         self._debugger = debugger
+        log_capture.leave_out_call_events(config)
         self._xfail_off = bool(getattr(config.option, "runxfail", False))
 
     def join(self, rank: Rank) -> None:

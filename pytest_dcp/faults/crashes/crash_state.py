@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_dcp.api import announce_failure, current_rank
+from pytest_dcp.errors import RecordingError
 from pytest_dcp.faults.crash_models import Model
 from pytest_dcp.faults.crashes import folder_trees as replay
 from pytest_dcp.faults.crashes.enumerate import Crash, crashes
@@ -153,7 +154,15 @@ class Recording(Recorded):
         budget: pr, nightly or a number; by default the value of `--dcp-fault-budget`. With
         `--dcp-fault-replay`, only the state with that id; a test in which no rank finds it is
         skipped at its end.
+
+        Raises RecordingError if nothing was recorded: a test of no states would pass whatever the
+        code under test does.
         """
+        if not self.operations:
+            raise RecordingError(
+                "nothing was recorded: no watched folder was changed. checkpoint_dir is watched "
+                "from the start; faulty_storage.watch(folder) adds another"
+            )
         only = self._search.replay
         found: list[Crash] = []
         if only is None or only.startswith(f"{model}-"):

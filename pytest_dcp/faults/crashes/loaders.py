@@ -28,7 +28,7 @@ from pytest_dcp.faults.crashes import folder_trees
 from pytest_dcp.faults.crashes.disk_model import DiskModel, Rules
 from pytest_dcp.faults.crashes.enumerate import in_order
 from pytest_dcp.faults.crashes.trace import Trace
-from pytest_dcp.faults.state_differences import blank
+from pytest_dcp.faults.state_differences import blank, differences
 from pytest_dcp.tracebacks import (
     add_note,
     is_raised_by_user,
@@ -67,6 +67,17 @@ def check_signature(load: Load, keywords: Mapping[str, Any]) -> None:
             f"load= is called as load(state_dict, checkpoint_id=folder{more}), to fill the state "
             f"dict; {load!r} cannot be: {error}"
         ) from None
+
+
+def check_filled(returned: object, state_dict: Mapping[str, Any]) -> None:
+    """Raise TypeError if a loader returned a state, and the one it was given is blank still."""
+    if not isinstance(returned, Mapping) or returned is state_dict:
+        return
+    if not any(differences(state_dict, blank(state_dict))):
+        raise TypeError(
+            f"load= returned a {type(returned).__name__} and did not fill the state dict that it "
+            "was given, which is compared: state_dict.update(...) fills it"
+        )
 
 
 def is_own_mistake(error: BaseException) -> bool:
@@ -133,7 +144,8 @@ class Finished:
         with folder_trees.restore_tree(machine.visible_tree()) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                load(blank(likeness), checkpoint_id=folder, **keywords)
+                filled = blank(likeness)
+                check_filled(load(filled, checkpoint_id=folder, **keywords), filled)
             except BaseException as error:
                 add_note(
                     error,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
+
+import pytest_dcp.checkpoint as dcp
 
 log = logging.getLogger("noisy")
 pytestmark = pytest.mark.world_size(2, timeout=5)
@@ -31,6 +34,12 @@ def test_hangs(rank: int, noise: None) -> None:
 def test_fails(rank: int, noise: None) -> None:
     log.debug("the last words")
     assert rank == 0
+
+
+def test_fails_after_a_save(checkpoint_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("c10d-other").warning("a warning of torch's")
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=checkpoint_dir)
+    assert "'event': 'start'" not in caplog.text
 
 
 def test_hangs_after_compiling(rank: int) -> None:

@@ -43,7 +43,7 @@ WRONG = {
     "mesh_names": world_size(4, mesh=(2, 2), mesh_dim_names=("dp",)),
     "mesh_names_twice": world_size(4, mesh=(2, 2), mesh_dim_names=("dp", "dp")),
     "mesh_names_text": world_size(2, mesh_dim_names="dp"),
-    "timeout_zero": world_size(2, timeout=0),
+    "timeout_negative": world_size(2, timeout=-1),
     "timeout_nan": world_size(2, timeout=float("nan")),
     "timeout_text": world_size(2, timeout="1"),
     "isolation": world_size(2, isolation="process"),

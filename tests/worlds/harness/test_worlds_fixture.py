@@ -220,7 +220,7 @@ def test_a_mesh_can_be_given_and_made(worlds: Worlds) -> None:
         ([1, 2], {}, "got [1, 2]"),
         (2, {"mesh": (2, 2)}, "mesh=(2, 2) has 4 ranks, but the size is 2"),
         (2, {"backend": "mpi"}, "backend= takes one of auto, gloo, nccl; got 'mpi'"),
-        (2, {"timeout": -1}, "timeout= takes seconds > 0"),
+        (2, {"timeout": -1}, "timeout= takes seconds, or 0 or None for no limit"),
         (2, {"colour": "red"}, "has no keyword 'colour'"),
     ],
     ids=str,
@@ -235,6 +235,14 @@ def test_wrong_sizes_and_keywords_are_refused(
         pass
     # pytest's report names the test already.
     assert str(refused.value).startswith("worlds(...) ")
+
+
+def test_a_block_that_was_not_entered_says_how_to_start_its_world(worlds: Worlds) -> None:
+    block: Any = worlds(2)
+    with pytest.raises(AttributeError, match=r"with worlds\(2\) as world: world\.run$"):
+        block.run(dist.get_rank)
+    with pytest.raises(AttributeError, match=r"'WorldBlock' object has no attribute 'walk'$"):
+        _ = block.walk
 
 
 # Failures.

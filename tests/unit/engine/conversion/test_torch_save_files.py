@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.conversion.command import main
-from pytest_dcp._engine.conversion.torch_save_files import read_torch_save
+from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 from support.states import same

@@ -195,6 +195,31 @@ def test_a_mistake_says_that_it_is_no_verdict_on_a_crash() -> None:
     assert "says nothing about crashes" in caught.value.__notes__[0]
 
 
+def returns_a_state(state: dict[str, Any], checkpoint_id: Any) -> dict[str, Any]:
+    filled = dict(state)
+    load(filled, checkpoint_id)
+    return filled
+
+
+def test_a_loader_that_returns_a_state_and_fills_none_is_named() -> None:
+    with pytest.raises(TypeError, match="returned a dict and did not fill the state dict"):
+        loads_one_of(states()[0], None, NEW, returns_a_state)
+
+
+def test_assert_loads_names_it_too(faulty_storage: FaultyStorage) -> None:
+    (faulty_storage.checkpoint_dir / "state.json").write_text(json.dumps(NEW))
+    with pytest.raises(TypeError, match="returned a dict and did not fill the state dict"):
+        faulty_storage.assert_loads(NEW, load=returns_a_state)
+
+
+def test_a_loader_may_fill_the_state_and_return_it() -> None:
+    def fills_and_returns(state: dict[str, Any], checkpoint_id: Any) -> dict[str, Any]:
+        load(state, checkpoint_id)
+        return dict(state)
+
+    assert loads_one_of(states()[-1], None, NEW, fills_and_returns) == "new"
+
+
 def test_a_loader_is_tried_on_the_finished_folder_once() -> None:
     folders: list[str] = []
 

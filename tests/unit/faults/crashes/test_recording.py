@@ -89,6 +89,17 @@ def test_nothing_can_be_asked_before_the_block_has_ended(faulty_storage: FaultyS
         _ = trace.operations
 
 
+def test_states_of_an_empty_recording_are_refused(
+    faulty_storage: FaultyStorage, tmp_path: Path
+) -> None:
+    """A test of no states would pass."""
+    with faulty_storage.record() as trace:
+        (tmp_path / "elsewhere").write_text("x")
+    assert trace.operations == ()
+    with pytest.raises(RecordingError, match=r"nothing was recorded: .*watch\(folder\) adds"):
+        trace.crash_states()
+
+
 def behind(folder: Path, mapped: type[mmap.mmap] = mmap.mmap) -> None:
     with (folder / "f").open("r+b") as file, mapped(file.fileno(), 0) as view:
         view[0:1] = b"X"

@@ -56,7 +56,7 @@ def test_a_marker_without_a_size_is_right_and_leaves_the_size_open() -> None:
         ("backend", ["auto", "gloo", "nccl"]),
         ("device", ["auto", "cpu", "cuda"]),
         ("isolation", ["test", "module"]),
-        ("timeout", [None, 1, 0.5, math.inf]),
+        ("timeout", [None, 0, 1, 0.5, math.inf]),
         ("mesh", [None, (2, 2), [4], (1, 1, 1)]),
     ],
 )
@@ -119,7 +119,6 @@ WRONG_KEYWORDS: list[tuple[str, object]] = [
     ("device", 0),
     ("isolation", "class"),
     ("isolation", None),
-    ("timeout", 0),
     ("timeout", -1.5),
     ("timeout", math.nan),
     ("timeout", -math.inf),
@@ -294,9 +293,15 @@ def test_a_spec_can_be_a_key_even_when_the_marker_holds_lists() -> None:
 
 @pytest.mark.parametrize(
     ("keywords", "timeout_s"),
-    [({}, 30.0), ({"timeout": 5}, 5.0), ({"timeout": 0.25}, 0.25), ({"timeout": None}, math.inf)],
+    [
+        ({}, 30.0),
+        ({"timeout": 5}, 5.0),
+        ({"timeout": 0.25}, 0.25),
+        ({"timeout": 0}, math.inf),  # as --dcp-timeout=0
+        ({"timeout": None}, math.inf),
+    ],
 )
-def test_the_marker_s_time_limit_wins_and_none_is_no_limit(
+def test_the_marker_s_time_limit_wins_and_none_or_0_is_no_limit(
     keywords: dict[str, object], timeout_s: float
 ) -> None:
     assert resolved(2, Defaults(timeout_s=30.0), **keywords).timeout_s == timeout_s

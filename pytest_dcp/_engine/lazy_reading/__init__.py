@@ -1,0 +1,1 @@
+"""Opens a checkpoint without loading it: names, shapes and shards at once, bytes when asked for."""

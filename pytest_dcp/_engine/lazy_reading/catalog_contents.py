@@ -1,0 +1,259 @@
+"""Checkpoints whose index is a catalog: those of this engine, of torch, and of safetensors files.
+
+An open checkpoint stays the save that it was when it was opened:
+
+- While the index is read and the data files are opened, a lease holds off other commits. Local
+  files stay open, up to `KEPT_FILES` of them, and an open file is readable after it was removed.
+- Of the other files, and in object stores, another save may remove some: their reads raise
+  CheckpointReplacedError, as no file of ours is ever written again under its name.
+- torch's own saves write over the files in place. If size or time of a file that is kept open
+  differ from those at the opening, a read raises CheckpointReplacedError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.catalog_selection import select_keys
+from pytest_dcp._engine.format.python_values import decode_value
+from pytest_dcp._engine.io.copy_plan import Targets
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.local_file import LocalIn
+from pytest_dcp._engine.io.open_files import OpenFiles
+from pytest_dcp._engine.io.plan_entries import sort_rows
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.read_copies import ReadSettings
+from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_items
+from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
+from pytest_dcp._engine.plan.boxes import pad_rows, volumes
+from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp._engine.plan.describe import Wanted
+from pytest_dcp._engine.plan.load import read_items
+from pytest_dcp._engine.storages.folder_metadata import save_of
+from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointFileMissingError,
+    CheckpointMismatchError,
+    CheckpointReplacedError,
+)
+
+KEPT_FILES = 256
+"""Local files that one checkpoint keeps open: a process has 1,024 descriptors by default, and may
+open several checkpoints."""
+
+FileIdentity = tuple[int, ...]
+
+
+class CatalogContents:
+    """A catalog, and the folder with its data files."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        catalog: Catalog,
+        settings: ReadSettings,
+        find_current: Callable[[], Catalog],
+    ) -> None:
+        """Opens the data files that are kept open.
+
+        find_current: reads the catalog of the folder's checkpoint as it is then.
+        """
+        self.bytes_read = self.bytes_needed = 0
+        self.missing_files: list[str] = []
+        """Data files that were not there at the opening."""
+        self._catalog = catalog
+        self._settings = settings
+        self._registry = ExtensionRegistry()
+        self._find_current = find_current
+        self._folder = folder
+        self._open_files: OpenFiles | None = None
+        self._identities: dict[str, tuple[LocalIn, FileIdentity]] = {}
+        if isinstance(folder.disk, LocalDisk):
+            self._open_files = OpenFiles(folder.disk, folder.path, most=KEPT_FILES)
+            self._folder = Folder(self._open_files, folder.path)
+            self._keep_files(self._open_files)
+        self._is_closed = False
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The flat names, in the checkpoint's order."""
+        return self._catalog.index.fqns
+
+    def has(self, name: str) -> bool:
+        """Whether it has this name."""
+        return name in self._catalog.index.row_of
+
+    def describe(self, name: str) -> TensorFacts | None:
+        """The tensor of this name; None if it is a value."""
+        index = self._catalog.index
+        row = index.row_of[name]
+        ndim = int(index.ndim[row])
+        if ndim < 0:
+            return None
+        dtype = index.properties[index.property_of[row]].dtype
+        return TensorFacts(tuple(size_of(index.size[row], ndim)), dtype)
+
+    def shards(self, name: str) -> tuple[StoredShard, ...]:
+        """The stored boxes of a tensor."""
+        part = self._part([name])
+        index, places = part.index, part.places
+        ndim, width = int(index.ndim[0]), int(index.itemsize[0])
+        nbytes = (volumes(index.shape) * width).tolist()
+        files = [places.files[n] if n >= 0 else None for n in places.file.tolist()]
+        boxes = zip(index.offset.tolist(), index.shape.tolist(), files, nbytes, strict=True)
+        return tuple(
+            StoredShard(tuple(offset[:ndim]), tuple(shape[:ndim]), file, size)
+            for offset, shape, file, size in boxes
+        )
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes of the tensor's stored elements, or of the value's entries."""
+        facts = self.describe(name)
+        if facts is not None:
+            return sum(shard.nbytes for shard in self.shards(name))
+        return int(np.maximum(self._part([name]).places.length, 0).sum())
+
+    def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
+        """Fill the targets. Raises CheckpointCorruptError naming file, entry and offset."""
+        if not boxes:
+            return
+        with self._noticing_a_replacement([box.name for box in boxes]) as catalog:
+            items = read_items(_describe_boxes(boxes, catalog.index.offset.shape[1]), catalog.index)
+            stored = resolve_items(self._source(catalog), items)
+            self._fill(stored, boxes)
+        self.bytes_needed += int(stored.nbytes.sum())
+        self.bytes_read += stored.tally.read
+
+    def read_value(self, name: str) -> Any:
+        """The value of this name, which runs no code."""
+        none = np.zeros((1, 0), dtype=np.int64)
+        value = Wanted((name,), np.array([-1], np.int16), none, none, np.zeros(1, np.int64))
+        with self._noticing_a_replacement([name]) as catalog:
+            stored = resolve_items(self._source(catalog), read_items(value, catalog.index))
+            ((_, entry),) = stored.read_entries(np.zeros(1, dtype=np.int64))
+        self.bytes_needed += int(stored.nbytes.sum())
+        self.bytes_read += stored.tally.read
+        try:
+            return decode_value(entry)
+        except CheckpointCorruptError as error:
+            raise error.at(entry=name) from error
+
+    def file_names(self) -> Sequence[str]:
+        """The data files, relative to the checkpoint's folder."""
+        return self._catalog.places.files
+
+    def path_of(self, name: str) -> tuple[Any, ...]:
+        """The keys from the root of the saved state dict to this value."""
+        paths = self._catalog.planner_data
+        path = paths.get(name) if isinstance(paths, Mapping) else None
+        is_path = isinstance(path, tuple | list) and all(isinstance(k, str | int) for k in path)
+        return tuple(path or ()) if is_path and path else (name,)
+
+    def close(self) -> None:
+        """Close the files. Reads raise after that."""
+        self._is_closed = True
+        self._identities.clear()
+        if self._open_files is not None:
+            self._open_files.close()
+
+    def is_replaced(self) -> bool:
+        """Whether the folder's checkpoint is another save's than the one opened."""
+        try:
+            now = self._find_current().storage_meta
+        except (OSError, CheckpointCorruptError):
+            return False
+        return save_of(now) != save_of(self._catalog.storage_meta)
+
+    def replaced_error(self) -> CheckpointReplacedError:
+        """The error of a read that came too late."""
+        return CheckpointReplacedError(
+            f"the checkpoint in {self._folder} was replaced or written over since it was opened: "
+            "open it again"
+        )
+
+    def _keep_files(self, files: OpenFiles) -> None:
+        for name in self._catalog.places.files:
+            try:
+                file = files.keep(name)
+            except FileNotFoundError:
+                self.missing_files.append(name)
+            except (OSError, CheckpointCorruptError):
+                continue  # Its reads say what is wrong with it.
+            else:
+                if isinstance(file, LocalIn):
+                    self._identities[name] = file, _identity(os.fstat(file.fd))
+
+    def _part(self, names: Sequence[str]) -> Catalog:
+        row_of = self._catalog.index.row_of
+        keys = np.array([row_of[name] for name in dict.fromkeys(names)], dtype=np.int64)
+        return select_keys(self._catalog, keys)
+
+    def _source(self, catalog: Catalog) -> ItemSource:
+        return ItemSource(self._folder, catalog, self._settings, self._registry, Observer("load"))
+
+    def _fill(self, stored: StoredItems, boxes: Sequence[BoxToRead]) -> None:
+        items = stored.items
+        rows = sort_rows(items, stored.found, np.zeros(len(items), dtype=bool))
+        if len(rows.wrapped):
+            fqn = items.fqns[int(rows.wrapped[0])]
+            raise CheckpointMismatchError(
+                f"{fqn!r} is stored as a wrapper of other tensors, which has no plain elements: "
+                "load it into a tensor of its class",
+                mismatched=(fqn,),
+            )
+        nth: list[int] = items.wanted_hint.tolist()
+        targets = [boxes[nth[row]].target for row in rows.tensors.tolist()]
+        stored.read_into(Targets(rows.tensors, targets))
+        for row in rows.transformed.tolist():
+            part = boxes[nth[row]].target
+            for dim in range(int(items.ndim[row])):
+                start, length = int(items.to_offset[row, dim]), int(items.shape[row, dim])
+                part = part.narrow(dim, start, length)
+            part.copy_(stored.decode_tensor(row))
+
+    @contextlib.contextmanager
+    def _noticing_a_replacement(self, names: Sequence[str]) -> Iterator[Catalog]:
+        """Read inside from the catalog of these names; raises if the save is no longer there."""
+        if self._is_closed:
+            raise ValueError(f"the checkpoint in {self._folder} was closed")
+        part = self._part(names)
+        try:
+            yield part
+        except CheckpointFileMissingError as error:
+            if self.is_replaced():
+                raise self.replaced_error() from error
+            raise
+        numbers = np.unique(part.places.file)
+        used = [part.places.files[n] for n in numbers[numbers >= 0].tolist()]
+        if not all(map(self._is_unchanged, used)):
+            raise self.replaced_error()
+
+    def _is_unchanged(self, name: str) -> bool:
+        """Whether a file that is kept open is as it was at the opening."""
+        if name not in self._identities:
+            return True
+        file, identity = self._identities[name]
+        return _identity(os.fstat(file.fd)) == identity
+
+
+def _identity(status: os.stat_result) -> FileIdentity:
+    """Changes if the file is written to."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _describe_boxes(boxes: Sequence[BoxToRead], rank: int) -> Wanted:
+    return Wanted(
+        fqns=tuple(box.name for box in boxes),
+        ndim=np.array([box.target.dim() for box in boxes], dtype=np.int16),
+        offset=pad_rows([box.offset for box in boxes], rank, 0),
+        shape=pad_rows([tuple(box.target.shape) for box in boxes], rank, 1),
+        nth=np.arange(len(boxes), dtype=np.int64),
+    )
