@@ -51,6 +51,7 @@ from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp._engine.torch_names import names_of_torch
 from pytest_dcp._engine.verbs.progress_bar import progress_bar
+from pytest_dcp.checkpoint import convert as convert
 from pytest_dcp.checkpoint import planner_helpers as planner_helpers
 from pytest_dcp.checkpoint import staging as staging
 from pytest_dcp.checkpoint import stateful as stateful

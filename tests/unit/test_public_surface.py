@@ -27,6 +27,7 @@ FOR_USERS = [page for page in PAGES if page.stem not in ("architecture", "change
 PUBLIC = ("pytest_dcp", "pytest_dcp.checkpoint", "pytest_dcp.faults", "pytest_dcp.properties")
 BESIDE = (
     "pytest_dcp.checkpoint._pg_transport",
+    "pytest_dcp.checkpoint.convert",
     "pytest_dcp.checkpoint.format_utils",
     "pytest_dcp.api",
     "pytest_dcp.checkpoint.fsspec_storage",

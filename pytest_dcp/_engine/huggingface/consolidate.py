@@ -7,8 +7,9 @@ thread uses at most `BATCH_BYTES` of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.boxes import pad_rows, strides_of
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.describe import Wanted
-from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.load import read_items
 
 BATCH_BYTES = 32 << 20
@@ -47,12 +47,35 @@ class Slab:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+class SlabSource(Protocol):
+    """Where the full tensors come from."""
+
+    def tensors(self, fqns: Sequence[str]) -> list[StoredTensor]:
+        """These tensors in the order of a file."""
+
+    def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
+        """The parts' values, in their order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shards:
     """A sharded checkpoint in a folder."""
 
     folder: Folder
     catalog: Catalog
+
+    def tensors(self, fqns: Sequence[str]) -> list[StoredTensor]:
+        """These tensors in the order of a file."""
+        index = self.catalog.index
+        rows = [index.row_of[fqn] for fqn in fqns]
+        return order_tensors(
+            (
+                index.fqns[row],
+                index.properties[index.property_of[row]].dtype,
+                tuple(size_of(index.size[row], int(index.ndim[row]))),
+            )
+            for row in rows
+        )
 
     def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
         """The parts' values, in their order."""
@@ -78,25 +101,29 @@ class Shards:
 
 
 def consolidate(
-    shards: Shards,
+    source: SlabSource,
     folder: Folder,
     files: Mapping[str, Sequence[str]],
     metadata: Mapping[str, str],
     *,
     threads: int = 1,
     sync: bool = True,
+    batch_bytes: int | None = None,
 ) -> int:
     """Write the files; returns the bytes of all tensors.
 
     files: the names of the files to write into `folder`, and the tensors of each. metadata: the
-    `__metadata__` of each.
+    `__metadata__` of each. batch_bytes: the memory of each thread; None:
+    BATCH_BYTES.
 
-    Raises CheckpointCorruptError if the shards do not make a tensor whole.
+    Raises CheckpointCorruptError if the source's shards do not make a tensor whole.
     """
 
+    limit = batch_bytes or BATCH_BYTES
+
     def job(name: str, fqns: Sequence[str]) -> Callable[[StopFlag], int]:
-        tensors = full_tensors(shards.catalog.index, fqns)
-        return lambda stop: _write(shards, folder, _File(name, tensors, metadata), stop, sync=sync)
+        file = _File(name, source.tensors(fqns), metadata)
+        return lambda stop: _write(source, folder, file, stop, sync=sync, batch_bytes=limit)
 
     return sum(run_all([job(*file) for file in files.items()], threads))
 
@@ -110,12 +137,20 @@ class _File:
     metadata: Mapping[str, str]
 
 
-def _write(shards: Shards, folder: Folder, file: _File, stop: StopFlag, *, sync: bool) -> int:
+def _write(
+    source: SlabSource,
+    folder: Folder,
+    file: _File,
+    stop: StopFlag,
+    *,
+    sync: bool,
+    batch_bytes: int,
+) -> int:
     with folder.create(file.name) as out:
         out.write([encode(file.tensors, file.metadata)])
-        for batch in _batches(file.tensors):
+        for batch in _batches(file.tensors, batch_bytes):
             stop.check()
-            _put(out, shards.read(batch, Observer("load")))
+            _put(out, source.read(batch, Observer("load")))
         if sync:
             out.sync()
     return sum(tensor.nbytes for tensor in file.tensors)
@@ -125,26 +160,19 @@ def _put(out: Out, tensors: Sequence[torch.Tensor]) -> None:
     out.write([memory_of(tensor) for tensor in tensors])
 
 
-def full_tensors(index: Index, fqns: Sequence[str]) -> list[StoredTensor]:
+def order_tensors(
+    kinds: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> list[StoredTensor]:
     """The tensors in the order of a file: wide elements first, so that all are aligned."""
-    rows = [index.row_of[fqn] for fqn in fqns]
-    kinds = [
-        (
-            index.fqns[row],
-            index.properties[index.property_of[row]].dtype,
-            tuple(size_of(index.size[row], int(index.ndim[row]))),
-        )
-        for row in rows
-    ]
     return place_tensors(sorted(kinds, key=lambda kind: -kind[1].itemsize))
 
 
-def _batches(tensors: Sequence[StoredTensor]) -> Iterator[list[Slab]]:
+def _batches(tensors: Sequence[StoredTensor], limit: int) -> Iterator[list[Slab]]:
     batch: list[Slab] = []
     batch_bytes = 0
     for tensor in tensors:
-        for slab in slabs_of(tensor, BATCH_BYTES):
-            if batch and batch_bytes + slab.nbytes > BATCH_BYTES:
+        for slab in slabs_of(tensor, limit):
+            if batch and batch_bytes + slab.nbytes > limit:
                 yield batch
                 batch, batch_bytes = [], 0
             batch.append(slab)

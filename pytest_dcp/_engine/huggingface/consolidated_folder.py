@@ -13,16 +13,25 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import OperationCall, Subject, team_of
-from pytest_dcp._engine.huggingface.consolidate import Shards, consolidate
+from pytest_dcp._engine.huggingface.consolidate import (
+    Shards,
+    SlabSource,
+    consolidate,
+)
 from pytest_dcp._engine.huggingface.file_layout import FORMAT, SHOWN, describe_save
-from pytest_dcp._engine.huggingface.file_names import SAVE_KEY, data_name, temporary_name
+from pytest_dcp._engine.huggingface.file_names import (
+    SAVE_KEY,
+    data_name,
+    final_names,
+    temporary_name,
+)
 from pytest_dcp._engine.huggingface.folder import next_number, read_folder
 from pytest_dcp._engine.huggingface.folder_commit import (
     exclude_others,
     give_final_names,
     publish_index,
 )
-from pytest_dcp._engine.huggingface.weight_index import encode_index
+from pytest_dcp._engine.huggingface.weight_index import encode_index, read_index
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.folder_metadata import new_id
@@ -49,34 +58,49 @@ class ConsolidatedFolder:
         self.folder, self.save_id, self.sync = folder, save_id, sync
         self.files = {temporary_name(name, save_id): fqns for name, fqns in files.items()}
         """By temporary name."""
+        self._finals: dict[str, str] = {}
+        """The final names, by temporary name, once files may have them."""
 
-    def write(self, shards: Shards, names: Iterable[str], *, number: int, threads: int) -> int:
+    def write(
+        self,
+        source: SlabSource,
+        names: Iterable[str],
+        *,
+        number: int,
+        threads: int,
+        batch_bytes: int | None = None,
+    ) -> int:
         """Write these files; returns the bytes of their tensors.
 
-        number: the save's number, see `next_number`.
+        number: the save's number, see `next_number`. batch_bytes: the memory of each thread.
         """
         stated = describe_save({"files": len(self.files), "number": number})
         return consolidate(
-            shards,
+            source,
             self.folder,
             {name: self.files[name] for name in names},
             {SAVE_KEY: self.save_id, **stated, **FORMAT},
             threads=threads,
             sync=self.sync,
+            batch_bytes=batch_bytes,
         )
 
     def commit(self, nbytes: int) -> None:
         """Make the files the folder's checkpoint. nbytes: of all tensors, for the index."""
         with exclude_others(self.folder):
+            self._finals = final_names(list(self.files), self.folder.names())
             finals = give_final_names(self.folder, list(self.files), sync=self.sync)
             where = {fqn: finals[name] for name, fqns in self.files.items() for fqn in fqns}
             index = encode_index(where, nbytes, self.save_id)
             publish_index(self.folder, index, finals.values(), self.save_id, sync=self.sync)
 
     def remove_unfinished(self) -> None:
-        """Remove written files that were not committed."""
-        for name in self.files:
-            self.folder.remove(name)
+        """Remove the files of a save that failed before its index was in place."""
+        index = read_index(self.folder) if self._finals else None
+        in_force = set() if index is None else set(index.weight_map.values())
+        for name in (*self.files, *self._finals.values()):
+            if name not in in_force:
+                self.folder.remove(name)
 
 
 def assign_files(fqns: Iterable[str], mapping: FileNumbers | None) -> dict[str, list[str]]:

@@ -34,6 +34,7 @@ from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.plan.boxes import pad_rows, volumes
 from pytest_dcp._engine.plan.columns import size_of
+from pytest_dcp._engine.plan.containers import description_of
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.load import read_items
 from pytest_dcp._engine.storages.folder_metadata import save_of
@@ -156,6 +157,11 @@ class CatalogContents:
         path = paths.get(name) if isinstance(paths, Mapping) else None
         is_path = isinstance(path, tuple | list) and all(isinstance(k, str | int) for k in path)
         return tuple(path or ()) if is_path and path else (name,)
+
+    @property
+    def containers(self) -> str | None:
+        """The description of the saved containers; None: plain ones."""
+        return description_of(self._catalog.planner_data)
 
     def close(self) -> None:
         """Close the files. Reads raise after that."""

@@ -85,5 +85,9 @@ class Contents(Protocol):
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this value."""
 
+    @property
+    def containers(self) -> str | None:
+        """The description of the saved containers, see `plan.containers`; None: plain ones."""
+
     def close(self) -> None:
         """Close the files. Reads raise after that."""

@@ -119,6 +119,11 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         return self._contents.path_of(name)
 
     @property
+    def containers(self) -> str | None:
+        """The description of the saved containers, if not all are plain dicts and lists."""
+        return self._contents.containers
+
+    @property
     def nbytes(self) -> int:
         """Of the elements of all full tensors."""
         return sum(lazy.nbytes for lazy in self.values() if isinstance(lazy, LazyTensor))

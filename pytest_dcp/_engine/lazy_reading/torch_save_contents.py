@@ -14,8 +14,9 @@ import torch
 from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
+from pytest_dcp._engine.plan.containers import describe
 from pytest_dcp._engine.plan.nested import Path as KeyPath
-from pytest_dcp._engine.plan.nested import flatten
+from pytest_dcp._engine.plan.nested import as_saved, as_saved_path, flatten
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 PathLike = str | os.PathLike[str]
@@ -58,8 +59,11 @@ class TorchSaveContents:
         self.bytes_read = self.bytes_needed = 0
         self.state_dict = read_torch_save(path, weights_only=weights_only)
         self._file = Path(path).name
-        self._paths: dict[str, KeyPath]
-        self._flat, self._paths = flatten(self.state_dict)
+        seen: list[tuple[KeyPath, Any]] = []
+        self._flat, paths = flatten(self.state_dict, note=lambda *found: seen.append(found))
+        self._paths = as_saved(paths)
+        self.containers = describe((as_saved_path(path), container) for path, container in seen)
+        """The description of the saved containers; None: plain ones."""
         self._facts = {name: _facts_of(value) for name, value in self._flat.items()}
         self._is_closed = False
 

@@ -1,0 +1,146 @@
+"""An open checkpoint and the changes to make -> tensors and values for the target, by new name.
+
+What every direction of a conversion shares. Tensors are read part by part into memory that the
+writer of the target gives; a part of another dtype is cast while it is copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pytest_dcp._engine.conversion.changes import Changes
+from pytest_dcp._engine.lazy_reading.contents import BoxToRead
+from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
+from pytest_dcp._engine.plan.containers import Description
+from pytest_dcp._engine.plan.nested import Path as KeyPath
+from pytest_dcp._engine.plan.nested import Room
+
+PathLike = str | os.PathLike[str]
+Source = PathLike | OpenCheckpoint
+"""A path, a URL, or a checkpoint that is open already."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedTensor:
+    """One tensor of the target."""
+
+    source: str
+    """Its name in the source."""
+    name: str
+    """In the target."""
+    shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+    """In the target."""
+
+    @property
+    def nbytes(self) -> int:
+        """In the target."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    tensors: int
+    """That the target has."""
+    values: int
+    """That the target has."""
+    nbytes: int
+    """Of the target's tensors."""
+    bytes_read: int
+    """From the source's data files."""
+    converted_dtypes: tuple[str, ...] = ()
+    """The target's names of tensors whose dtype is another one than the source's."""
+    left_out: tuple[str, ...] = ()
+    """The source's names of values that the target cannot hold."""
+
+
+class ConvertedContents:
+    """The tensors and values of the target, read from an open checkpoint."""
+
+    def __init__(self, checkpoint: OpenCheckpoint, changes: Changes) -> None:
+        self.checkpoint = checkpoint
+        self.changes = changes
+        self.tensors: dict[str, ConvertedTensor] = {}
+        """By the target's name."""
+        self.values: dict[str, str] = {}
+        """By the target's name, the source's."""
+        for name, new in changes.choose(tuple(checkpoint), checkpoint.where).items():
+            lazy = checkpoint[name]
+            if isinstance(lazy, LazyTensor):
+                dtype = changes.dtype_of(name, lazy.dtype)
+                shape = tuple(lazy.shape)
+                self.tensors[new] = ConvertedTensor(name, new, shape, lazy.dtype, dtype)
+            else:
+                self.values[new] = name
+
+    def read_parts(self, parts: Sequence[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
+        """Fill memory with parts of tensors: the target's name, the offset, the memory."""
+        self.checkpoint.read_boxes(
+            [BoxToRead(self.tensors[name].source, offset, memory) for name, offset, memory in parts]
+        )
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """A full tensor of the target."""
+        tensor = self.tensors[name]
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.read_parts([(name, (0,) * len(tensor.shape), memory)])
+        return memory
+
+    def read_value(self, name: str) -> Any:
+        """A value of the target, which runs no code. Raises UntrustedPickleError, naming it."""
+        lazy: Any = self.checkpoint[self.values[name]]
+        return lazy.value()
+
+    def build_state(self, leaf: Callable[[str], Any]) -> dict[Any, Any]:
+        """The target's state dict, with a leaf for each name.
+
+        It has the containers of the source, if all names are kept; otherwise it is flat. Raises
+        CheckpointMismatchError for containers of other classes than Python's own.
+        """
+        state: dict[str, Any] = {}
+        names = [*self.tensors, *self.values]
+        room = Room(len(names))
+        for name in names:
+            room.put(state, name, room.check_path(name, self._path_of(name)), leaf(name))
+        if not self.changes.keeps_names or self.checkpoint.containers is None:
+            return state
+        containers = Description(self.checkpoint.containers)
+        return containers.rebuilt(state, lambda path: True, trusted=False)
+
+    def report(self, *, values: int, left_out: Sequence[str] = ()) -> ConversionReport:
+        """What was converted, at the end."""
+        tensors = self.tensors.values()
+        return ConversionReport(
+            tensors=len(tensors),
+            values=values,
+            nbytes=sum(tensor.nbytes for tensor in tensors),
+            bytes_read=self.checkpoint.bytes_read,
+            converted_dtypes=tuple(t.name for t in tensors if t.dtype != t.stored_dtype),
+            left_out=tuple(left_out),
+        )
+
+    def _path_of(self, name: str) -> KeyPath:
+        if not self.changes.keeps_names:
+            return (name,)
+        path = self.checkpoint.path_of(name)
+        return path if ".".join(map(str, path)) == name else (name,)
+
+
+@contextmanager
+def open_source(source: Source, changes: Changes) -> Iterator[ConvertedContents]:
+    """The contents of the target. A source that was open stays open."""
+    if isinstance(source, OpenCheckpoint):
+        yield ConvertedContents(source, changes)
+        return
+    with open_checkpoint(source) as checkpoint:
+        yield ConvertedContents(checkpoint, changes)

@@ -1,0 +1,85 @@
+"""Any checkpoint -> a checkpoint folder of this engine, which torch reads too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from pytest_dcp._engine.conversion.changes import Changes, Dtypes, Patterns
+from pytest_dcp._engine.conversion.converted_contents import (
+    ConversionReport,
+    ConvertedContents,
+    Source,
+    open_source,
+)
+from pytest_dcp._engine.conversion.whole_file import (
+    remove_if_new,
+    without_single_process_warning,
+)
+from pytest_dcp._engine.format.python_values import encode_value
+from pytest_dcp._engine.plan.select import Rename
+from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+from pytest_dcp._engine.verbs.save import save
+from pytest_dcp.tracebacks import drop_inner_frames
+
+PathLike = str | os.PathLike[str]
+
+
+@drop_inner_frames
+def to_dcp(
+    source: Source,
+    target: PathLike,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    rename: Rename | None = None,
+    dtype: Dtypes | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint to a folder, or a URL, that `load` reads. No process group is used.
+
+    source: a path or URL that `open_checkpoint` takes, or an open checkpoint.
+    include, exclude, rename, dtype: as for `to_safetensors`.
+
+    One tensor at a time is in memory, and all values. The target is replaced by one rename, as in
+    a save; after a failure it is as it was. Raises as `open_checkpoint` and `save`.
+    """
+    changes = Changes(include, exclude, rename, dtype)
+    with open_source(source, changes) as contents, _no_new_folder(target):
+        planner = _ConversionPlanner(contents)
+        with without_single_process_warning():
+            state = contents.build_state(planner.stand_in)
+            save(state, checkpoint_id=target, planner=planner, no_dist=True)
+        return contents.report(values=len(contents.values))
+
+
+def _no_new_folder(target: PathLike) -> contextlib.AbstractContextManager[None]:
+    is_url = isinstance(target, str) and "://" in target
+    return contextlib.nullcontext() if is_url else remove_if_new(Path(target))
+
+
+class _ConversionPlanner(DefaultSavePlanner):
+    """Saves stand-ins without memory; each tensor is read when its turn to be written comes."""
+
+    def __init__(self, contents: ConvertedContents) -> None:
+        super().__init__(replicas="off")
+        self._contents = contents
+
+    def stand_in(self, name: str) -> Any:
+        """A tensor of the right shape and dtype, of one element repeated; or the value."""
+        tensor = self._contents.tensors.get(name)
+        if tensor is None:
+            return self._contents.read_value(name)
+        return torch.zeros((), dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The tensor, read now, or the value's entry."""
+        fqn = write_item.index.fqn
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(encode_value(self.state_dict[fqn]))
+        return self._contents.read_whole(fqn)

@@ -1,0 +1,195 @@
+"""Any checkpoint -> a safetensors file, or a folder of them with Hugging Face's index.
+
+A file gets its name, and a folder its index, when everything is written and synced; see
+`huggingface.file_names` for what a crash leaves in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from pytest_dcp._engine.conversion.changes import Changes, Dtypes, Patterns
+from pytest_dcp._engine.conversion.converted_contents import (
+    ConversionReport,
+    ConvertedContents,
+    Source,
+    open_source,
+)
+from pytest_dcp._engine.conversion.whole_file import remove_if_new
+from pytest_dcp._engine.format.safetensors_header import NAMES, StoredTensor
+from pytest_dcp._engine.huggingface.consolidate import (
+    BATCH_BYTES,
+    Slab,
+    consolidate,
+    order_tensors,
+)
+from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder, assign_files
+from pytest_dcp._engine.huggingface.file_layout import FORMAT
+from pytest_dcp._engine.huggingface.file_names import SUFFIX, TEMPORARY
+from pytest_dcp._engine.huggingface.folder import next_number
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.plan.select import Rename
+from pytest_dcp._engine.storages.folder_metadata import new_id
+from pytest_dcp.errors import CheckpointMismatchError
+from pytest_dcp.tracebacks import drop_inner_frames
+
+PathLike = str | os.PathLike[str]
+FILE_BYTES = 5_000_000_000
+"""Hugging Face's limit for a file (`max_shard_size` of transformers)."""
+SHOWN = 5
+
+
+@drop_inner_frames
+def to_safetensors(
+    source: Source,
+    target: PathLike,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    rename: Rename | None = None,
+    dtype: Dtypes | None = None,
+    skip_values: bool = False,
+    max_file_bytes: int = FILE_BYTES,
+    budget_bytes: int = BATCH_BYTES,
+    thread_count: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint to safetensors. No process group is used.
+
+    source: a path or URL that `open_checkpoint` takes, or an open checkpoint.
+    target: a file, if its name ends in .safetensors; otherwise a folder, for files and their index.
+    include, exclude: names or patterns of the source. rename: from its names to the target's.
+    dtype: for all tensors of floating point, or by pattern of the source's names.
+    skip_values: leave out Python values, which the format cannot hold.
+    max_file_bytes: of tensors in each file of a folder; a larger tensor has a file of its own.
+    budget_bytes: memory for tensors, of each thread. thread_count: files written at the same time.
+    metadata: further texts for the files' headers.
+
+    A failure leaves no file, and a folder as it was. Raises CheckpointMismatchError for values,
+    dtypes that the format lacks, and names that are not there; CheckpointCorruptError for a damaged
+    source; OSError if the target cannot be written.
+    """
+    changes = Changes(include, exclude, rename, dtype)
+    path = Path(os.fspath(target))
+    _check_budgets(budget_bytes, max_file_bytes)
+    with open_source(source, changes) as contents:
+        left_out = _refuse_values(contents, skip=skip_values)
+        _check_dtypes(contents)
+        tensors = _TensorsOfSource(contents)
+        texts = {**FORMAT, **(metadata or {})}
+        if path.name.endswith(SUFFIX):
+            _write_file(tensors, path, texts, budget_bytes)
+        else:
+            with remove_if_new(path):
+                files = _split(contents, max_file_bytes)
+                _write_folder(tensors, path, files, budget_bytes, thread_count)
+        return contents.report(values=0, left_out=left_out)
+
+
+class _TensorsOfSource:
+    """The target's tensors as slabs: see `consolidate.SlabSource`."""
+
+    def __init__(self, contents: ConvertedContents) -> None:
+        self._contents = contents
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._contents.tensors)
+
+    def tensors(self, fqns: Sequence[str]) -> list[StoredTensor]:
+        found = (self._contents.tensors[fqn] for fqn in fqns)
+        return order_tensors((tensor.name, tensor.dtype, tensor.shape) for tensor in found)
+
+    def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
+        memory = [torch.empty(part.shape, dtype=part.dtype) for part in parts]
+        self._contents.read_parts(
+            [(part.fqn, part.offset, tensor) for part, tensor in zip(parts, memory, strict=True)]
+        )
+        return memory
+
+
+def _write_file(
+    tensors: _TensorsOfSource, path: Path, metadata: Mapping[str, str], budget_bytes: int
+) -> None:
+    folder = Folder(LocalDisk(), path.parent)
+    temporary = f".{path.name}.{new_id()[:8]}{TEMPORARY}"
+    names = tensors.names()
+    try:
+        consolidate(tensors, folder, {temporary: names}, metadata, batch_bytes=budget_bytes)
+        folder.replace(temporary, path.name)
+    except BaseException:
+        folder.remove(temporary)
+        raise
+    folder.sync()
+
+
+def _write_folder(
+    tensors: _TensorsOfSource,
+    path: Path,
+    files: Mapping[str, int],
+    budget_bytes: int,
+    thread_count: int,
+) -> None:
+    folder = Folder(LocalDisk(), path)
+    for above in folder.make():
+        folder.disk.sync_folder(above)
+    output = ConsolidatedFolder(folder, assign_files(files, files), new_id()[:12], sync=True)
+    try:
+        nbytes = output.write(
+            tensors,
+            output.files,
+            number=next_number(folder),
+            threads=thread_count,
+            batch_bytes=budget_bytes,
+        )
+        output.commit(nbytes)
+    except BaseException:
+        output.remove_unfinished()
+        raise
+
+
+def _split(contents: ConvertedContents, max_file_bytes: int) -> dict[str, int]:
+    """The number of each tensor's file, in the source's order."""
+    numbers: dict[str, int] = {}
+    number, filled = 1, 0
+    for name, tensor in contents.tensors.items():
+        if filled and filled + tensor.nbytes > max_file_bytes:
+            number, filled = number + 1, 0
+        filled += tensor.nbytes
+        numbers[name] = number
+    return numbers
+
+
+def _refuse_values(contents: ConvertedContents, *, skip: bool) -> list[str]:
+    """The source's names of values, if they may be left out."""
+    names = list(contents.values.values())
+    if names and not skip:
+        raise CheckpointMismatchError(
+            f"safetensors files hold tensors only, and {len(names)} of the names are values, such "
+            f"as {names[:SHOWN]!r}: exclude them, or pass skip_values=True",
+            mismatched=tuple(names),
+        )
+    return names
+
+
+def _check_dtypes(contents: ConvertedContents) -> None:
+    without = [f"{t.name!r} ({t.dtype})" for t in contents.tensors.values() if t.dtype not in NAMES]
+    if without:
+        raise CheckpointMismatchError(
+            f"safetensors files have no dtype for {', '.join(without[:SHOWN])}: exclude them, or "
+            "give another dtype"
+        )
+    if not contents.tensors:
+        raise CheckpointMismatchError("no tensor is left to convert")
+
+
+def _check_budgets(budget_bytes: int, max_file_bytes: int) -> None:
+    for name, value in (("budget_bytes", budget_bytes), ("max_file_bytes", max_file_bytes)):
+        if value < 1:
+            raise ValueError(f"{name} must be a positive number of bytes, got {value}")

@@ -1,0 +1,56 @@
+"""New files and folders that are complete, or do not exist; what all conversions do alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pytest_dcp._engine import operating_system
+
+
+@contextlib.contextmanager
+def replace_at_end(target: Path) -> Iterator[int]:
+    """The descriptor of a new file. At the end it gets the name; after a failure it is removed."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | operating_system.NEW_FILE, 0o666)
+    try:
+        try:
+            yield fd
+            operating_system.sync_file(fd)
+        finally:
+            os.close(fd)
+        operating_system.replace_file(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if operating_system.can_open_folders():
+        folder = operating_system.open_folder(target.parent)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def remove_if_new(folder: Path) -> Iterator[None]:
+    """After a failure inside, the folder is removed if it is empty and did not exist before."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def without_single_process_warning() -> Iterator[None]:
+    """Suppress the warning about a single process: a conversion always runs in one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
