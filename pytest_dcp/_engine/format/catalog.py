@@ -98,6 +98,11 @@ class EntryPlaces(ColumnTable):
             sums=np.zeros(0, dtype=np.uint32),
         )
 
+    def without_sums(self) -> EntryPlaces:
+        """The places alone."""
+        none, first = np.zeros(0, dtype=np.uint32), np.zeros_like(self.first_sum)
+        return replace(self, first_sum=first, sums=none)
+
 
 @dataclass(frozen=True, eq=False)
 class Catalog:

@@ -132,15 +132,16 @@ Columns = Mapping[str, NDArray[Any]]
 
 def encode(catalog: Catalog) -> bytes:
     """The manifest of the catalog. Raises ValueError if its header would be too long."""
-    return b"".join(_pieces(catalog))
+    return b"".join(encode_pieces(catalog))
 
 
 def encoded_length(catalog: Catalog) -> int:
     """The bytes of `encode`, one column at a time: a manifest of a large job has gigabytes."""
-    return sum(len(piece) for piece in _pieces(catalog))
+    return sum(len(piece) for piece in encode_pieces(catalog))
 
 
-def _pieces(catalog: Catalog) -> Iterator[bytes | memoryview]:
+def encode_pieces(catalog: Catalog) -> Iterator[bytes | memoryview]:
+    """The manifest, one column after the other."""
     index, places = catalog.index, catalog.places
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
     header["properties"] = [name_properties(p) for p in index.properties]

@@ -13,17 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from pytest_dcp._engine.coordinate.frame import Frame, FrameKind, Head, Mode, encode
 from pytest_dcp._engine.coordinate.wire import pack
 from pytest_dcp._engine.format.catalog import Catalog
-from pytest_dcp._engine.format.manifest_columns import encoded_length
 from pytest_dcp._engine.format.write_results import WriteColumns
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.replica_comparison import Checks
-from pytest_dcp._engine.verbs.save_messages import CompressedPlan, EncodedMetadata
+from pytest_dcp._engine.verbs.save_messages import CompressedPlan, encode_metadata
 
 PLAN, WRITE = Head(1, Mode.REDUCE_SCATTER, "plan"), Head(2, Mode.ALL_REDUCE, "write")
 COORDINATOR = 0
@@ -93,15 +91,13 @@ def write_messages(keyed: Sequence[tuple[Hashable, object]], metadata: int) -> S
     return StepMessages("write", up, down)
 
 
-def metadata_message(metadata: Metadata, catalog: Catalog) -> int:
-    """Bytes of the frame with which the coordinator ends the save."""
-    bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
-    extras: tuple[Any, ...] = (metadata.planner_data, metadata.storage_meta, metadata.version, {})
-    head, *segments = pack(EncodedMetadata(b"", extras))
-    # The manifest is the first segment, and is not made: it may have gigabytes.
-    empty = _frame_bytes(WRITE, FrameKind.RESULT, [head, *segments])
-    length = encoded_length(bare)
-    return empty + length + -length % 16
+def metadata_message(catalog: Catalog) -> int:
+    """Bytes of the frame with which the coordinator ends the save, for one rank.
+
+    A compressed one differs by a few bytes from save to save, as their files' names do.
+    """
+    answer = encode_metadata(catalog.metadata(), sums=False)
+    return _frame_bytes(WRITE, FrameKind.RESULT, pack(answer))
 
 
 def _sizes(

@@ -215,7 +215,11 @@ class Save:
             ]
             with self.phases.phase("commit", planning=True):
                 self._finish(results)
-            return self.metadata if team.size == 1 else encode_metadata(self._require_metadata())
+            return (
+                self.metadata
+                if team.size == 1
+                else encode_metadata(self._require_metadata(), sums=False)
+            )
 
         answer = team.all_reduce("write", write, commit)
         if isinstance(answer, Dispute):

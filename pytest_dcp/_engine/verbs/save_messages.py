@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from pytest_dcp._engine.coordinate.sent_classes import record
 from pytest_dcp._engine.format import manifest_columns
 from pytest_dcp._engine.format.catalog import Catalog, EntryTable
+from pytest_dcp._engine.format.compressed_bytes import compress_pieces, decompress
 from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import WriteItems
@@ -78,12 +79,20 @@ def expand_results(
     return WriteResults(plan.items, compressed)
 
 
+COMPRESSED_FROM_BYTES = 1 << 20
+"""A manifest of 16,384 ranks and 1,000 tensors has a gigabyte, of which each rank gets a copy from
+the coordinator: compressed it is a fiftieth. One that is shorter than this is sent sooner as it
+is."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedMetadata:
     """Metadata as columns."""
 
     manifest: bytes
-    """A catalog's bytes, without the data of planner and storage."""
+    """A catalog's bytes, without the data of planner and storage; compressed if they are many."""
+    compressed_from: int
+    """The manifest's bytes before it was compressed; 0 if it was not."""
     python_values: tuple[Any, Any, Any, Mapping[str, Any]]
     """planner_data, storage_meta, version, further attributes."""
 
@@ -91,21 +100,35 @@ class EncodedMetadata:
 record(CompressedPlan, EncodedMetadata)
 
 
-def encode_metadata(metadata: Metadata) -> EncodedMetadata | Metadata:
-    """The metadata's columns, if it has any; else the metadata itself."""
+def encode_metadata(metadata: Metadata, *, sums: bool = True) -> EncodedMetadata | Metadata:
+    """The metadata's columns, if it has any; else the metadata itself.
+
+    sums: whether the receiver needs the checksums of the data. A peer does not: it gets torch's
+    metadata, which has none, and a load reads them from the file. They would be most of a message
+    that every rank gets.
+    """
     if not isinstance(metadata.storage_data, EntryTable):
         return metadata
     catalog = Catalog.of(metadata)
+    if not sums:
+        catalog = replace(catalog, places=catalog.places.without_sums())
     bare = replace(catalog, planner_data=None, storage_meta=None, version=None, further={})
     python_values = (catalog.planner_data, catalog.storage_meta, catalog.version, catalog.further)
-    return EncodedMetadata(manifest_columns.encode(bare), python_values)
+    nbytes = manifest_columns.encoded_length(bare)
+    if nbytes < COMPRESSED_FROM_BYTES:
+        return EncodedMetadata(manifest_columns.encode(bare), 0, python_values)
+    pieces = manifest_columns.encode_pieces(bare)
+    return EncodedMetadata(compress_pieces(pieces), nbytes, python_values)
 
 
 def decode_metadata(encoded: EncodedMetadata | Metadata) -> Metadata:
     """Undo `encode_metadata`."""
     if isinstance(encoded, Metadata):
         return encoded
-    bare = manifest_columns.decode(memoryview(encoded.manifest), _no_pickle)
+    manifest = encoded.manifest
+    if encoded.compressed_from:
+        manifest = decompress(manifest, encoded.compressed_from)
+    bare = manifest_columns.decode(memoryview(manifest), _no_pickle)
     planner_data, storage_meta, version, further = encoded.python_values
     catalog = replace(
         bare,

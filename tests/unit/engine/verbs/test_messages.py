@@ -140,6 +140,53 @@ def test_metadata_comes_home_as_it_was(sample):
     assert copy.storage_data == expected.storage_data
 
 
+def many_chunks(count: int) -> Catalog:
+    size, shape = torch.Size((count,)), torch.Size((1,))
+    chunks = [ChunkStorageMetadata(torch.Size((n,)), shape) for n in range(count)]
+    index = Index.of({"w": TensorStorageMetadata(TensorProperties(torch.float32), size, chunks)})
+    start = np.arange(count) * 1000
+    places = replace(
+        EntryPlaces.nowhere(count),
+        files=("f",),
+        file=np.zeros(count, np.int32),
+        start=start,
+        length=np.full(count, 1000),
+        data_start=start + 64,
+        data_nbytes=np.full(count, 4),
+        first_sum=np.arange(count + 1),
+        sums=np.random.default_rng(0).integers(0, 1 << 32, count, dtype=np.uint32),
+    )
+    return Catalog(index, places)
+
+
+def test_metadata_for_peers_has_all_but_the_checksums():
+    catalog = many_chunks(10)
+    back = decode_metadata(sent(encode_metadata(catalog.metadata(), sums=False)))
+    assert dict(back.storage_data) == dict(catalog.metadata().storage_data)
+    assert same(Catalog.of(back), replace(catalog, places=catalog.places.without_sums()))
+
+
+def test_metadata_of_many_chunks_is_compressed():
+    catalog = many_chunks(20_000)
+    whole = encode_metadata(catalog.metadata())
+    bare = encode_metadata(catalog.metadata(), sums=False)
+    assert isinstance(bare, EncodedMetadata)
+    assert bare.compressed_from > 5 * len(bare.manifest)
+    assert same(Catalog.of(decode_metadata(sent(whole))), catalog)
+    assert dict(decode_metadata(sent(bare)).storage_data) == dict(catalog.metadata().storage_data)
+
+
+@pytest.mark.parametrize("length", [-1, +1])
+def test_compressed_metadata_of_another_length_is_refused(length: int):
+    message = encode_metadata(many_chunks(20_000).metadata())
+    wrong = replace(message, compressed_from=message.compressed_from + length)
+    with pytest.raises(ValueError, match="compressed bytes, got"):
+        decode_metadata(wrong)
+    for manifest in (message.manifest[:-9], b"no deflated bytes", b""):
+        with pytest.raises(ValueError, match="compressed bytes, got"):
+            decode_metadata(replace(message, manifest=manifest))
+
+
 @given(samples())
 @fewer(8)
 def test_metadata_of_other_storages_is_sent_as_it_is(sample):
