@@ -65,6 +65,8 @@ def team_of(
             f"{operation}: the coordinator must be a rank of the group, 0 to {size - 1}; "
             f"got {coordinator_rank}"
         )
+    if is_fake(group):
+        return _view_of_fake_world(call, rank, size)
     if size > 1:
         rendezvous.announce_presence(group, rank, coordinator_rank)
     order = rendezvous.meeting_of(group).order
@@ -76,6 +78,31 @@ def team_of(
     return Team(context, order)
 
 
+def is_fake(group: dist.ProcessGroup) -> bool:
+    """Whether the group is one rank's view of a world that does not exist."""
+    return dist.get_world_size(group) > 1 and dist.get_backend(group) == FAKE
+
+
+def _view_of_fake_world(call: OperationCall, rank: int, size: int) -> Team:
+    """A team of this rank alone, which loads its own part.
+
+    Raises ValueError for any other operation.
+    """
+    kind = kind_of(call.operation)
+    if kind != "load":
+        raise ValueError(
+            f"{call.operation}: the other ranks of a fake process group do not exist and cannot "
+            "take part: in a fake world `save` plans, `load` reads this rank's part, and all else "
+            "needs no_dist=True"
+        )
+    place = _alone.take(kind, call.subject, background=call.background)
+    team = Team(OperationContext(0, 1, 0, call.operation, float("inf"), None, place), _alone)
+    team.view = rank, size
+    return team
+
+
+FAKE = "fake"
+"""The backend of torch's FakeProcessGroup."""
 _alone = CallOrder(one_folder_at_a_time=True)
 """Operations of this process alone: saves to one folder are made one after another."""
 operating_system.call_in_forked_children(_alone.forget_pending)

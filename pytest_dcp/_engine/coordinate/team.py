@@ -64,6 +64,9 @@ class Team:
         self._place = context.place
         self.rank = context.rank
         self.size = context.size
+        self.view = context.rank, context.size
+        """Rank and number of ranks for values that differ between ranks; a rank that loads its part
+        of a fake world is alone in its team, and not in that world."""
         self.coordinator_rank = context.coordinator
         self.group = context.group
         self.operation = context.operation

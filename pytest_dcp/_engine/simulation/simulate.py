@@ -99,6 +99,31 @@ def simulate(
     >>> hsdp.chunks, len(hsdp.plans[600].local_items), int(hsdp.items.max())
     (513, 2, 1)
     """
+    found, _ = plan_metadata(
+        mesh,
+        placements,
+        state,
+        ranks=ranks,
+        planner=planner,
+        thread_count=thread_count,
+        single_file_per_rank=single_file_per_rank,
+        checkpoint_id=checkpoint_id,
+    )
+    return found
+
+
+def plan_metadata(
+    mesh: Mesh,
+    placements: Placements,
+    state: SimulatedState,
+    *,
+    ranks: Collection[int] = (),
+    planner: DefaultSavePlanner | None = None,
+    thread_count: int = 1,
+    single_file_per_rank: bool = True,
+    checkpoint_id: str | os.PathLike[str] = "",
+) -> tuple[Simulation, Metadata]:
+    """Like `simulate`, and the checkpoint's metadata."""
     mesh_ranks = MeshRanks.of(mesh)
     listed = _check_ranks(ranks, mesh_ranks.size)
     own_planner = _check_planner(planner)
@@ -106,7 +131,8 @@ def simulate(
     lookup = PlacementLookup(placements, mesh_ranks)
     with collector_paused():
         local = make_local_plans(state, mesh_ranks, lookup, own_planner)
-        return _SimulatedSave(local, own_planner, rules).simulate(listed)
+        save = _SimulatedSave(local, own_planner, rules)
+        return save.simulate(listed), save.metadata
 
 
 def _check_ranks(ranks: Collection[int], size: int) -> list[int]:
@@ -179,11 +205,14 @@ class _SimulatedSave:
     def __init__(self, local: LocalPlans, planner: DefaultSavePlanner, rules: FileRules) -> None:
         # A copy, since a planner remembers the save that it planned last.
         self.local, self.planner, self.rules = local, copy.copy(planner), rules
+        self.metadata = Metadata({})
+        """Of the checkpoint, once it is simulated."""
 
     def simulate(self, listed: Collection[int]) -> Simulation:
         """Plan and measure; `listed` are the ranks to list."""
         joined = self._join_plans()
         local, metadata, plan_s = self.local, joined.metadata, joined.plan_s
+        self.metadata = metadata
         plan = plan_messages(local.plans, joined.compressed, joined.checks, local.lookalikes)
         held_bytes = self._held_bytes()
         held_rows = sum(len(plan.items) for plan in local.plans)
@@ -194,7 +223,7 @@ class _SimulatedSave:
         written.forget_plans()
         del self.local, local, joined
         manifest, pickled = encoded_length(catalog), pickled_length(catalog)
-        write = write_messages(written.messages, metadata_message(metadata, catalog))
+        write = write_messages(written.messages, metadata_message(catalog))
         steps = (plan, write)
         memory = _memory_bytes(steps, held_rows, index, catalog.places, manifest, pickled)
         return Simulation(

@@ -131,7 +131,7 @@ class Load:
         """Load, with the result and errors of `load`."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("load", team.rank, check=team.check, progress=self.request.progress)
-            with observe_with(watcher), ranks_known(team.rank, team.size):
+            with observe_with(watcher), ranks_known(*team.view):
                 self._load_with_retries(team)
             report = self.source.with_byte_counts(report_of(self.planner))
             more = f", {report.bytes_read} bytes read, {report.bytes_verified} verified"

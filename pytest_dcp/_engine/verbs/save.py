@@ -25,6 +25,7 @@ from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sum
 from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.verbs.call_events import CallEvents
+from pytest_dcp._engine.verbs.fake_group import fake_group_of, plan_in_fake_world
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
@@ -109,6 +110,9 @@ def save(
         (everything) or "off". For the default planner; DefaultSavePlanner has the same argument.
         Copies that differ raise ReplicaMismatchError; PerRank saves a value of each rank.
 
+    In a fake world (torch's FakeProcessGroup) the save is planned for all ranks, as
+    `pytest_dcp.simulate` plans it, and nothing is written.
+
     Raises CheckpointException, the same on every rank, naming each rank that failed and why. The
     folder then still has its earlier checkpoint, whole.
 
@@ -126,6 +130,10 @@ def save(
         resolve_no_dist(no_dist, "save"),
         use_collectives=use_collectives,
     )
+    if (fake := fake_group_of(call)) is not None:
+        check_state_dict(state_dict)
+        whole = read_stateful(state_dict)
+        return plan_in_fake_world(whole, fake, call.writer(), planner_for(planner, replicas))
     team = call.open_team()
     with team.preparing():
         check_state_dict(state_dict)
