@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,6 +14,8 @@ from pytest_dcp._harness.controller.item_hooks import ItemHooks
 from pytest_dcp._harness.controller.options import Options
 from pytest_dcp._harness.controller.session import HARNESS_KEY, Harness
 from pytest_dcp._harness.protocol.world_spec import (
+    FAKE,
+    MAX_FAKE_SIZE,
     MAX_WORLD_SIZE,
     MarkerValues,
     WorldSpec,
@@ -41,12 +43,22 @@ MAX_PROBLEMS = 50
 
 
 def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
-    """One test per size when the marker holds a list; wrong lists are left to `read_specs`."""
+    """One test per size when the marker holds a list, and per view of a fake world.
+
+    Wrong lists are left to `read_specs`.
+    """
     mark = metafunc.definition.get_closest_marker(options.marker)
     if mark is None:
         return
     values = read_marker(mark.args, mark.kwargs)
-    if not values.is_list or values.problems or _parametrizes_size(metafunc.definition):
+    if values.problems:
+        return
+    views: Any = values.keywords.get("ranks")
+    if views is not None and not _parametrizes(metafunc.definition, "rank"):
+        if "rank" not in metafunc.fixturenames:
+            metafunc.fixturenames.append("rank")
+        metafunc.parametrize("rank", views, ids=[f"rank={n}" for n in views])
+    if not values.is_list or _parametrizes(metafunc.definition, "world_size"):
         return
     override = options.defaults.world_size
     sizes = values.sizes if override is None else (override,)
@@ -55,11 +67,11 @@ def parametrize(metafunc: pytest.Metafunc, options: Options) -> None:
     metafunc.parametrize("world_size", sizes, ids=[f"world_size={n}" for n in sizes])
 
 
-def _parametrizes_size(definition: pytest.Item) -> bool:
+def _parametrizes(definition: pytest.Item, name: str) -> bool:
     for mark in definition.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs.get("argnames", "")
         listed = names.split(",") if isinstance(names, str) else names
-        if "world_size" in [name.strip() for name in listed]:
+        if name in [one.strip() for one in listed]:
             return True
     return False
 
@@ -110,7 +122,8 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
     if _parametrized_size(item) is not None:
         # The test sees this size: an override went into the parametrization, or is not ours.
         defaults = replace(defaults, world_size=None)
-    return resolve(values, size, defaults)
+    view = _parameter(item, "rank") if values.keywords.get("backend") == FAKE else None
+    return resolve(values, size, defaults, view if isinstance(view, int) else 0)
 
 
 def _own_ranks_problem(item: pytest.Function) -> str:
@@ -137,18 +150,17 @@ def _parametrized_size(item: pytest.Function) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
-def _parameter(item: pytest.Function) -> object:
-    """The value that a parametrization of `world_size` gives this test; None without one."""
-    return item.callspec.params.get("world_size") if hasattr(item, "callspec") else None
+def _parameter(item: pytest.Function, name: str = "world_size") -> object:
+    """The value that a parametrization of this name gives this test; None without one."""
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
 
 
 def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     size = _parametrized_size(item)
     if size is not None:
-        if not 1 <= size <= MAX_WORLD_SIZE:
-            return 0, (
-                f"takes a size from 1 to {MAX_WORLD_SIZE}; the parametrization gave {size!r}"
-            )
+        most = MAX_FAKE_SIZE if values.keywords.get("backend") == FAKE else MAX_WORLD_SIZE
+        if not 1 <= size <= most:
+            return 0, f"takes a size from 1 to {most}; the parametrization gave {size!r}"
         return size, ""
     if (value := _parameter(item)) is not None:
         return 0, f"takes an int; the parametrization of world_size gave {value!r}"

@@ -47,7 +47,7 @@ def rank(request: pytest.FixtureRequest) -> int:
         assert ones.tolist() == [1.0, 1.0] and world_size == 2
     ```
     """
-    return _rank_of(request).order.rank
+    return _rank_of(request).order.view[0]
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def local_rank(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def world_size(request: pytest.FixtureRequest) -> int:
     """The number of ranks."""
-    return _rank_of(request).order.size
+    return _rank_of(request).order.view[1]
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +119,12 @@ def world(request: pytest.FixtureRequest) -> RankWorld:
     from pytest_dcp._harness.rank.world_fixture import RankWorld
 
     rank = _rank_of(request)
+    if rank.order.fake_view is not None:
+        pytest.fail(
+            "the fixture 'world' is for ranks that meet: in a world with backend='fake' there is "
+            "one, and no other to meet, kill or pause",
+            pytrace=False,
+        )
     one = RankWorld(rank)
     rank.unmet.append(one.disarm)
     return one

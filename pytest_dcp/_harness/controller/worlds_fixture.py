@@ -19,7 +19,13 @@ from pytest_dcp._harness.controller.report import exception_of_end, merged_secti
 from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.protocol.function_pickles import dump_call, load_from_rank
 from pytest_dcp._harness.protocol.messages import CallFunction, FaultAct
-from pytest_dcp._harness.protocol.world_spec import WorldKeywords, WorldSpec, read_marker, resolve
+from pytest_dcp._harness.protocol.world_spec import (
+    FAKE,
+    WorldKeywords,
+    WorldSpec,
+    read_marker,
+    resolve,
+)
 from pytest_dcp._harness.world.outcome import Outcome, SessionEnd, peers
 from pytest_dcp._harness.world.stacks import from_root
 from pytest_dcp._harness.world.world import World
@@ -231,6 +237,11 @@ class Worlds:
         defaults = replace(self._harness.options.defaults, world_size=None)
         if values.is_list:
             raise pytest.UsageError(f"worlds(...) takes one size; got {size!r}")
+        if keywords.get("backend") == FAKE:
+            raise pytest.UsageError(
+                "worlds(...) starts real ranks; a fake world is for the marker: "
+                f"world_size({size}, backend='fake')"
+            )
         spec, problems = resolve(values, size, defaults)
         if spec is None:
             raise pytest.UsageError(f"worlds(...) {'; '.join(problems)}")

@@ -87,11 +87,20 @@ class RankLaunch:
     """The rank's own base for tmp_path; not created yet."""
     place: OuterPlace | None = None
     """None: all ranks are on this machine, started by its controller."""
+    fake_view: tuple[int, int] | None = None
+    """In a fake world: the rank whose view this process runs, and the number of ranks."""
 
     @property
     def local_rank(self) -> int:
         """The rank's number among the world's ranks on its node."""
-        return self.rank if self.place is None else self.place.local_rank
+        if self.place is None or self.fake_view is not None:
+            return self.view[0]
+        return self.place.local_rank
+
+    @property
+    def view(self) -> tuple[int, int]:
+        """Rank and world size as the test sees them."""
+        return self.fake_view or (self.rank, self.size)
 
     @property
     def token(self) -> str:
@@ -109,6 +118,8 @@ class RankLaunch:
         raw["mesh"] = tuple(raw["mesh"])
         if raw["mesh_dim_names"] is not None:
             raw["mesh_dim_names"] = tuple(raw["mesh_dim_names"])
+        if raw["fake_view"] is not None:
+            raw["fake_view"] = tuple(raw["fake_view"])
         if raw["place"] is not None:
             raw["place"] = OuterPlace(**raw["place"])
         return RankLaunch(**raw)

@@ -16,19 +16,25 @@ Isolation = Literal["test", "module"]
 class WorldKeywords(TypedDict, total=False):
     """Keywords of the marker and of `worlds(...)` besides the size."""
 
-    backend: Literal["auto", "gloo", "nccl"]
+    backend: Literal["auto", "gloo", "nccl", "fake"]
     device: Literal["auto", "cpu", "cuda"]
     mesh: list[int] | tuple[int, ...] | None
     mesh_dim_names: list[str] | tuple[str, ...] | None
     timeout: float | None
     """Seconds, above 0."""
     isolation: Isolation
+    ranks: Sequence[int] | None
+    """Of a fake world: the ranks whose views run, each as a test of its own; None: rank 0."""
 
 
 KEYWORDS = tuple(WorldKeywords.__annotations__)
 BACKENDS = ("auto", "gloo", "nccl")
+FAKE = "fake"
+"""The backend of torch's FakeProcessGroup: one process runs one rank's view of the world."""
 MAX_WORLD_SIZE = 1024
 """A larger world on one machine is a typing error: each rank is a process."""
+MAX_FAKE_SIZE = 1 << 17
+"""As `pytest_dcp.simulate` has it; a fake rank costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +42,20 @@ class WorldSpec:
     """One world, ready to launch."""
 
     size: int
-    """Number of ranks, >= 1; all on this machine."""
+    """Number of processes, >= 1, each of them a rank; one for a fake world."""
     backend: str
-    """gloo or nccl."""
+    """gloo, nccl or fake."""
     device: str
     """cpu or cuda."""
     mesh: tuple[int, ...]
-    """Shape of the device mesh; its product is `size`."""
+    """Shape of the device mesh; its product is the number of ranks."""
     mesh_dim_names: tuple[str, ...] | None
     timeout_s: float
     """Seconds from all ranks ready to the end of teardown; inf for none."""
     isolation: Isolation
     """test: new ranks for every test; module: the tests of a module share ranks."""
+    fake_view: tuple[int, int] | None = None
+    """Of a fake world: the rank whose view its one process runs, and the number of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,8 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
         values = args[0] if isinstance(args[0], list | tuple) else (args[0],)
         if is_list and not values:
             problems.append("was given an empty list of sizes")
-    sizes = [size for size in values if _check_size(size, problems)]
+    most = MAX_FAKE_SIZE if kwargs.get("backend") == FAKE else MAX_WORLD_SIZE
+    sizes = [size for size in values if _check_size(size, most, problems)]
     if is_list and len(set(sizes)) != len(sizes):
         problems.append(f"lists a size twice: {list(values)!r}")
     problems += [
@@ -97,12 +106,12 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
     return MarkerValues(tuple(sizes), is_list, dict(kwargs), tuple(problems))  # type: ignore[arg-type]  # _check_size let only ints through
 
 
-def _check_size(size: object, problems: list[str]) -> bool:
+def _check_size(size: object, most: int, problems: list[str]) -> bool:
     if isinstance(size, bool) or not isinstance(size, int):
         problems.append(f"takes an int or a list of ints; got {size!r}")
         return False
-    if not 1 <= size <= MAX_WORLD_SIZE:
-        problems.append(f"takes a size from 1 to {MAX_WORLD_SIZE}; got {size!r}")
+    if not 1 <= size <= most:
+        problems.append(f"takes a size from 1 to {most}; got {size!r}")
         return False
     return True
 
@@ -110,13 +119,14 @@ def _check_size(size: object, problems: list[str]) -> bool:
 def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
     problems = []
     backend = kwargs.get("backend", "auto")
-    if backend not in BACKENDS:
-        problems.append(f"backend= takes one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend not in (*BACKENDS, FAKE):
+        problems.append(f"backend= takes one of {', '.join((*BACKENDS, FAKE))}; got {backend!r}")
     device = kwargs.get("device", "auto")
     if device not in ("auto", "cpu", "cuda"):
         problems.append(f"device= takes auto, cpu or cuda; got {device!r}")
     if backend == "nccl" and device == "cpu":
         problems.append("backend='nccl' needs device='cuda'; got device='cpu'")
+    problems += _fake_problems(kwargs)
     isolation = kwargs.get("isolation", "test")
     if isolation not in get_args(Isolation):
         problems.append(f"isolation= takes test or module; got {isolation!r}")
@@ -124,6 +134,30 @@ def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
     if timeout is not None and not _is_duration(timeout):
         problems.append(f"timeout= takes seconds, or 0 or None for no limit; got {timeout!r}")
     return problems + _mesh_problems(kwargs)
+
+
+def _fake_problems(kwargs: Mapping[str, object]) -> list[str]:
+    """Problems with the keywords of a fake world."""
+    ranks = kwargs.get("ranks")
+    if kwargs.get("backend") != FAKE:
+        if ranks is None:
+            return []
+        return ["ranks= chooses views of a world with backend='fake'; a real one runs all ranks"]
+    problems = []
+    if kwargs.get("device") == "cuda":
+        problems.append("backend='fake' needs device='cpu'; got device='cuda'")
+    if kwargs.get("isolation") == "module":
+        problems.append("backend='fake' runs each view alone, without isolation='module'")
+    if ranks is not None and not _are_ranks(ranks):
+        problems.append(f"ranks= takes different ranks, such as [0, 513]; got {ranks!r}")
+    return problems
+
+
+def _are_ranks(ranks: object) -> bool:
+    if not isinstance(ranks, list | tuple | range) or not ranks:
+        return False
+    ints = all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks)
+    return ints and len(set(ranks)) == len(ranks)
 
 
 def _is_duration(value: object) -> bool:
@@ -155,9 +189,12 @@ def _mesh_problems(kwargs: Mapping[str, object]) -> list[str]:
 
 
 def resolve(
-    values: MarkerValues, size: int, defaults: Defaults
+    values: MarkerValues, size: int, defaults: Defaults, view: int = 0
 ) -> tuple[WorldSpec | None, tuple[str, ...]]:
-    """The world of `size` ranks that a marker asks for, or None and the reason. Pure (no I/O)."""
+    """The world of `size` ranks that a marker asks for, or None and the reason. Pure (no I/O).
+
+    view: the rank whose view runs, if the world is fake.
+    """
     keywords = values.keywords
     if values.problems:
         return None, values.problems
@@ -172,19 +209,23 @@ def resolve(
             f"mesh={mesh!r} has {math.prod(mesh)} ranks and cannot take the size {size} "
             f"that --dcp-world-size asks for",
         )
+    fake = keywords.get("backend") == FAKE
+    if fake and not 0 <= view < size:
+        return None, (f"has no rank {view}: its ranks are 0 to {size - 1}",)
     names = keywords.get("mesh_dim_names")
     backend, device = _resolve_device(
         str(keywords.get("backend", "auto")), str(keywords.get("device", "auto")), defaults.backend
     )
     timeout = keywords.get("timeout", defaults.timeout_s)
     spec = WorldSpec(
-        size=size,
+        size=1 if fake else size,
         backend=backend,
         device=device,
         mesh=mesh,
         mesh_dim_names=tuple(map(str, names)) if isinstance(names, list | tuple) else None,
         timeout_s=_seconds(timeout),
         isolation="module" if keywords.get("isolation") == "module" else "test",
+        fake_view=(view, size) if fake else None,
     )
     return spec, ()
 

@@ -293,4 +293,4 @@ def process_group_is_ours(rank: Rank) -> bool:
     """Whether the default process group still is that of all ranks."""
     import torch.distributed as dist
 
-    return dist.is_initialized() and dist.get_world_size() == rank.order.size
+    return dist.is_initialized() and dist.get_world_size() == rank.order.view[1]

@@ -137,12 +137,14 @@ def _boot(rank: Rank) -> bool:
 
 def environment(order: RankLaunch) -> dict[str, str]:
     """The standard variables of torch's launchers. Pure (no I/O)."""
-    place = order.place or OuterPlace(order.rank, order.size, 0, LOOPBACK)
+    rank, size = order.view
+    outer = order.place if order.fake_view is None else None
+    place = outer or OuterPlace(rank, size, 0, LOOPBACK)
     return {
-        "RANK": str(order.rank),
+        "RANK": str(rank),
         "LOCAL_RANK": str(place.local_rank),
         "GROUP_RANK": str(place.node),
-        "WORLD_SIZE": str(order.size),
+        "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(place.local_size),
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(order.master_port),
@@ -164,6 +166,11 @@ def _init_process_group(order: RankLaunch) -> None:
     import torch
     import torch.distributed as dist
 
+    if order.fake_view is not None:
+        from pytest_dcp._harness.rank.fake_world import join_fake_world
+
+        join_fake_world(*order.fake_view)
+        return
     device = torch.device(order.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

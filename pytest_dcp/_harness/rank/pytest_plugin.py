@@ -316,4 +316,4 @@ def _is_default_group(group: object) -> bool:
 def _process_group_is_ours(rank: Rank) -> bool:
     import torch.distributed as dist
 
-    return dist.is_initialized() and dist.get_world_size() == rank.order.size
+    return dist.is_initialized() and dist.get_world_size() == rank.order.view[1]

@@ -336,6 +336,7 @@ class World:
             seed=self.seed,
             isolation=spec.isolation,
             basetemp=str(self._settings.folder / f"world{self.number}-rank{rank}"),
+            fake_view=spec.fake_view,
         )
 
     @contextlib.contextmanager

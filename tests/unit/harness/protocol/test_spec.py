@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_dcp._harness.protocol.world_spec import (
     KEYWORDS,
+    MAX_FAKE_SIZE,
     MAX_WORLD_SIZE,
     Defaults,
     WorldSpec,
@@ -53,7 +54,7 @@ def test_a_marker_without_a_size_is_right_and_leaves_the_size_open() -> None:
 @pytest.mark.parametrize(
     ("keyword", "values"),
     [
-        ("backend", ["auto", "gloo", "nccl"]),
+        ("backend", ["auto", "gloo", "nccl", "fake"]),
         ("device", ["auto", "cpu", "cuda"]),
         ("isolation", ["test", "module"]),
         ("timeout", [None, 0, 1, 0.5, math.inf]),
@@ -106,8 +107,8 @@ def test_two_positional_arguments_are_a_problem_that_shows_both() -> None:
 
 
 def test_an_unknown_keyword_is_named_together_with_the_known_ones() -> None:
-    (problem,) = read_marker((2,), {"ranks": 2}).problems
-    assert "'ranks'" in problem
+    (problem,) = read_marker((2,), {"rank_count": 2}).problems
+    assert "'rank_count'" in problem
     assert all(keyword in problem for keyword in KEYWORDS)
 
 
@@ -365,3 +366,53 @@ def test_a_resolved_mesh_always_has_as_many_ranks_as_the_world(
     assert (spec is None) == (len(problems) == 1)
     if spec is not None:
         assert (spec.size, spec.mesh) == (wanted, mesh)
+
+
+# Fake worlds.
+
+
+def test_a_fake_world_has_one_process_and_a_view() -> None:
+    spec = resolved(1024, backend="fake", mesh=(128, 8), ranks=[0, 513])
+    assert (spec.size, spec.backend, spec.device) == (1, "fake", "cpu")
+    assert (spec.fake_view, spec.mesh) == ((0, 1024), (128, 8))
+    other, _ = resolve(read_marker((1024,), {"backend": "fake"}), 1024, Defaults(), 513)
+    assert other is not None
+    assert other.fake_view == (513, 1024)
+
+
+def test_a_real_world_has_no_view() -> None:
+    assert resolved(4).fake_view is None
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"ranks": [0]}, "ranks= chooses views of a world with backend='fake'"),
+        ({"backend": "gloo", "ranks": [0]}, "ranks= chooses views of a world with backend='fake'"),
+        ({"backend": "fake", "ranks": []}, "ranks= takes different ranks"),
+        ({"backend": "fake", "ranks": [1, 1]}, "ranks= takes different ranks"),
+        ({"backend": "fake", "ranks": ["0"]}, "ranks= takes different ranks"),
+        ({"backend": "fake", "ranks": 3}, "ranks= takes different ranks"),
+        ({"backend": "fake", "device": "cuda"}, "backend='fake' needs device='cpu'"),
+        ({"backend": "fake", "isolation": "module"}, "without isolation='module'"),
+        ({"backend": "mpi"}, "backend= takes one of auto, gloo, nccl, fake"),
+    ],
+)
+def test_wrong_keywords_of_a_fake_world_give_one_problem(
+    keywords: dict[str, object], words: str
+) -> None:
+    (problem,) = read_marker((4,), keywords).problems
+    assert words in problem
+
+
+@pytest.mark.parametrize("view", [4, -1])
+def test_a_view_outside_the_world_is_a_problem(view: int) -> None:
+    spec, problems = resolve(read_marker((4,), {"backend": "fake"}), 4, Defaults(), view)
+    assert spec is None
+    assert problems == (f"has no rank {view}: its ranks are 0 to 3",)
+
+
+def test_a_fake_world_may_be_larger_than_a_real_one() -> None:
+    assert read_marker((MAX_FAKE_SIZE,), {"backend": "fake"}).problems == ()
+    (problem,) = read_marker((MAX_FAKE_SIZE + 1,), {"backend": "fake"}).problems
+    assert str(MAX_FAKE_SIZE) in problem
