@@ -195,6 +195,7 @@ class OuterHarness(Harness):
 
     def conclude(self, code: int) -> None:
         """The report is written: all seats end with this exit code."""
+        os.environ.pop(INSIDE_VARIABLE, None)
         self._end_own_seat()
         if self._hub is not None:
             self._hub.send(range(1, self.launch.size), Verdict(code))

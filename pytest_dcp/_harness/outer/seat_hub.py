@@ -223,6 +223,15 @@ class SeatHub:
     # The thread.
 
     def _run(self) -> None:
+        try:
+            self._relay()
+        except Exception:
+            with self.changed:  # so that no one waits for a seat
+                for seat in self._state.seats.values():
+                    self._lose(seat, "cannot be heard: the thread of the connections has failed")
+            raise
+
+    def _relay(self) -> None:
         while True:
             with self.changed:
                 self._watch_links()

@@ -45,7 +45,7 @@ A process that dies leaves:
 - the controller: the connections end without a Verdict. Every seat kills its ranks and exits with
   `CONTROLLER_LOST_CODE`; outer rank 1 says why.
 - the launcher's agent: it kills its processes; with SIGTERM the controller ends the session as
-  after Ctrl-C, so the report is written.
+  after Ctrl-C, so the report is written. Meanwhile the seats wait for the verdict.
 
 Waits are bounded: joining by `JOIN_S`, a phase by the supervisor, the end by `CONCLUDE_S`. A seat
 waits for the next order as long as its connection lives.

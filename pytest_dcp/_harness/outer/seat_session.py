@@ -32,6 +32,9 @@ from pytest_dcp._pytest_internals import set_base_of_tmp_path, xml_key
 REPORTERS = ("lfplugin", "nfplugin", "stepwiseplugin")
 """pytest's plugins that keep results for the next session: only the controller's counts."""
 
+TERMINATION_S = 25
+"""Between a launcher's SIGTERM and a seat's end; torchrun and srun send SIGKILL after 30 s."""
+
 
 def serve_seat(
     session: pytest.Session,
@@ -74,11 +77,18 @@ def serve_seat(
         link.send(encode_seat_message(join))
         for note in harness.notes:
             seat.note(note.removeprefix("pytest_dcp: "))
-        # Ctrl-C reaches every process of the terminal; the controller says how the session ends.
+        # Both reach every process of the launcher; the controller says how the session ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _await_verdict)
         return seat.serve(), link
     finally:
         harness.close()
+
+
+def _await_verdict(signum: int, frame: object) -> None:
+    """Leave the controller time to tear down in the ranks; then end by SIGALRM."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(TERMINATION_S)
 
 
 def await_controllers_end(link: SeatLink, code: int) -> None:

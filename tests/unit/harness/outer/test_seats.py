@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pytest_dcp._harness.outer.seat import ControllerLostError, Seat
 from pytest_dcp._harness.outer.seat_hub import CLOCK_ROUNDS, SeatHub
+from pytest_dcp._harness.outer.seat_link import SeatLink
 from pytest_dcp._harness.outer.seat_messages import (
     HEADER,
     ClockAsk,
@@ -26,11 +32,19 @@ from pytest_dcp._harness.outer.seat_messages import (
     SeatNote,
     SeatReady,
     SeatWireError,
+    SignalRank,
     ToRank,
     Verdict,
     encode_seat_message,
 )
-from pytest_dcp._harness.protocol.launcher import ProcessExit, StopChange
+from pytest_dcp._harness.protocol.launcher import (
+    LauncherLostError,
+    OuterPlace,
+    ProcessExit,
+    RankFds,
+    RankLaunch,
+    StopChange,
+)
 from pytest_dcp._harness.world.rank_handle import RankEnd
 
 WITHIN_S = 60.0
@@ -216,3 +230,191 @@ def test_a_world_that_is_forgotten_sends_no_news(
     seat.send(RankEnded(7, 1, -9), SeatReady())
     until(lambda: not hub.unready())
     assert not hub.has_news(7)
+
+
+class ForkingLauncher:
+    """A launcher that only notes what it is asked for; `end` is the end of its one rank."""
+
+    def __init__(self) -> None:
+        self.orders: list[RankLaunch] = []
+        self.acts: list[str] = []
+        self.fds: list[int] = []
+        self.is_lost = False
+        self.is_closed = False
+        self._changes: list[ProcessExit | StopChange] = []
+        self._wake_r, self._wake_w = socket.socketpair()
+
+    def launch(self, orders: Sequence[RankLaunch], fds: Sequence[RankFds]) -> None:
+        self.orders += orders
+        self.fds = [os.dup(fd) for fd in fds[0].all()]
+
+    def end(self, status: int) -> None:
+        self._changes.append(ProcessExit(self.orders[-1].rank, status))
+        self._wake_w.send(b"x")
+
+    def lose(self) -> None:
+        self.is_lost = True
+        self._wake_w.send(b"x")
+
+    def news(self, world: int) -> list[ProcessExit | StopChange]:
+        self._wake_r.recv(4096)
+        if self.is_lost:
+            raise LauncherLostError("the zygote was killed")
+        changes, self._changes = self._changes, []
+        return changes
+
+    def fileno(self) -> int:
+        return self._wake_r.fileno()
+
+    def stacks(self, world: int, rank: int) -> None:
+        self.acts.append(f"stacks of {world}:{rank}")
+
+    def at_work(self, world: int, rank: int, pid: int) -> bool:
+        return True
+
+    def main_thread_cpu_s(self, world: int, rank: int, pid: int) -> float:
+        return 1.0
+
+    def await_ready(self) -> None: ...
+
+    def kill(self, world: int, rank: int) -> None: ...
+
+    def forget(self, world: int) -> None: ...
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self._wake_r.close()
+        self._wake_w.close()
+        self.is_closed = True
+
+
+ORDER = RankLaunch(
+    session="s", world=7, rank=1, size=2, backend="gloo", device="cpu", mesh=(2,),
+    mesh_dim_names=None, store="tcp://h:1/p", master_port=1, seed=0, isolation="test",
+    basetemp="/controllers", place=OuterPlace(0, 1, 1, "10.0.0.1"),
+)  # fmt: skip
+
+
+class Controller:
+    """The other side of a seat that runs in a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(WITHIN_S)
+        self.socket = ours
+        self.launchers = [ForkingLauncher(), ForkingLauncher()]
+        self.outcome: int | BaseException = -1
+        self.seat_socket = theirs
+        self._decoder = SeatDecoder()
+        self._pending: list[SeatMessage] = []
+        launchers: list[Any] = self.launchers
+        seat = Seat(
+            SeatLink(theirs),
+            launchers[0],
+            lambda lost: launchers[1],
+            number=3,
+            folder=folder,
+            interface="eth7",
+            device_index=0,
+        )
+        self.thread = threading.Thread(target=self._serve, args=(seat,))
+        self.thread.start()
+
+    def _serve(self, seat: Seat) -> None:
+        try:
+            self.outcome = seat.serve()
+        except ControllerLostError as error:
+            self.outcome = error
+
+    def send(self, *messages: SeatMessage) -> None:
+        self.socket.sendall(b"".join(map(encode_seat_message, messages)))
+
+    def receive(self, kind: type[SeatMessage]) -> Any:
+        """The next message of a kind; others are skipped."""
+        while True:
+            while not self._pending:
+                self._pending = self._decoder.feed(self.socket.recv(1 << 16))
+            message = self._pending.pop(0)
+            if isinstance(message, kind):
+                return message
+
+    def close(self) -> None:
+        self.socket.close()
+        self.thread.join(WITHIN_S)
+        self.seat_socket.close()
+        for launcher in self.launchers:
+            if not launcher.is_closed:
+                launcher.close()
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[Controller]:
+    controller = Controller(tmp_path)
+    assert controller.receive(SeatReady) == SeatReady()
+    yield controller
+    controller.close()
+
+
+def launch_rank(controller: Controller) -> tuple[ForkingLauncher, socket.socket]:
+    """A rank that the seat has started, and its end of the socket."""
+    controller.send(LaunchRank(ORDER.to_json()))
+    launcher = controller.launchers[0]
+    until(lambda: launcher.fds)
+    return launcher, socket.socket(fileno=os.dup(launcher.fds[0]))
+
+
+def test_a_seat_has_ranks_of_its_own_name_and_folder(
+    controller: Controller, tmp_path: Path
+) -> None:
+    launcher, rank = launch_rank(controller)
+    with rank:
+        (order,) = launcher.orders
+        assert (order.session, order.basetemp) == ("s-3", str(tmp_path / "world7-rank1"))
+        assert order.place == replace(ORDER.place or OuterPlace(0, 0, 0, ""), interface="eth7")
+        rank.sendall(b"hello")
+        assert controller.receive(FromRank) == FromRank(7, 1, b"hello")
+        controller.send(ToRank(7, 1, b"world"))
+        assert rank.recv(100) == b"world"
+        controller.send(SignalRank(7, 1, "stacks"))
+        until(lambda: launcher.acts == ["stacks of 7:1"])
+
+
+def test_what_a_rank_has_left_comes_before_its_end(controller: Controller) -> None:
+    launcher, rank = launch_rank(controller)
+    os.write(launcher.fds[1], b"out" + bytes(100_000) + b"end")
+    os.write(launcher.fds[4], b"draws")
+    with rank:
+        rank.sendall(b"last words")
+    launcher.end(-9)
+    assert controller.receive(RankFile) == RankFile(7, 1, "draws", 5, payload=b"draws")
+    assert controller.receive(FromRank) == FromRank(7, 1, b"last words")
+    printed = controller.receive(RankFile)
+    assert (printed.name, printed.size) == ("out", 100_006)
+    assert printed.payload.startswith(b"out")
+    assert printed.payload.endswith(b"end")
+    assert controller.receive(RankEnded) == RankEnded(7, 1, -9)
+
+
+def test_a_lost_launcher_ends_its_ranks_and_is_replaced(controller: Controller) -> None:
+    launcher, rank = launch_rank(controller)
+    with rank:
+        launcher.lose()
+        assert controller.receive(RankEnded).how == "the zygote was killed"
+        assert "ranks are spawned from here on" in controller.receive(SeatNote).text
+        controller.send(LaunchRank(replace(ORDER, world=8).to_json()))
+        until(lambda: controller.launchers[1].orders)
+
+
+def test_a_seat_ends_with_the_verdict(controller: Controller) -> None:
+    controller.send(Verdict(5))
+    until(lambda: controller.outcome == 5)
+    assert controller.launchers[0].is_closed
+
+
+def test_a_seat_without_a_controller_kills_its_ranks(controller: Controller) -> None:
+    launcher, rank = launch_rank(controller)
+    with rank:
+        controller.socket.shutdown(socket.SHUT_RDWR)
+        until(lambda: isinstance(controller.outcome, ControllerLostError))
+        assert launcher.is_closed
