@@ -73,7 +73,7 @@ def test_reports_come_once_and_from_rank_0_alone(launched: SessionResult) -> Non
     (ordinary,) = launched.noted("ordinary")
     assert ordinary["pid"] == launched.reports[0].pid
     assert launched.output.count("test session starts") == 1 + 1  # of the restart
-    assert len(re.findall(r"^\d+ failed, \d+ passed.* in ", launched.output, re.MULTILINE)) == 1
+    assert len(re.findall(r"\d+ failed, \d+ passed.* in ", launched.output)) == 1
 
 
 def test_output_and_stacks_come_from_all_ranks(launched: SessionResult) -> None:
@@ -82,7 +82,7 @@ def test_output_and_stacks_come_from_all_ranks(launched: SessionResult) -> None:
     assert printed["Captured stdout [rank 1] call"] == "b of rank 1\n"
     died = launched.bad("test_dies")
     assert died.text.startswith("rank 1: was killed by signal 9 (SIGKILL) in call")
-    assert "last words" in dict(died.sections)["Captured stdout [rank 1] call"]
+    assert "last words of 1" in dict(died.sections)["Captured stdout [rank 1] call"]
     assert "time.sleep(1000)" in launched.bad("test_hangs").text
 
 
@@ -205,7 +205,8 @@ def run_on_nodes(suite: Suite, nodes: tuple[Node, Node]) -> SessionResult:
     finally:
         second.kill()
         second.wait()
-    return run.result(exit_code, 0.0)
+    result = run.result(max(exit_code, second.returncode), 0.0)  # one was killed by SIGKILL
+    return replace(result, output=result.output + second_output.read_text())
 
 
 @pytest.fixture(scope="module", params=["loopback", "namespaces"])
@@ -256,7 +257,7 @@ def test_the_session_ends_when_a_node_is_lost(on_nodes: SessionResult) -> None:
     how = r"rank 1: its process under torchrun \(process \d+ on \S+\) is gone or unreachable"
     assert re.search(f"{how} in call, without a verdict", text)
     assert re.search(f"_pytest.outcomes.Exit: {how}", on_nodes.output)
-    assert on_nodes.exit_code != 0
+    assert on_nodes.exit_code == 1
     assert not any(report.nodeid.endswith("test_comes_too_late") for report in on_nodes.reports)
 
 
@@ -292,6 +293,7 @@ def run_by_hand(suite: Suite, variables: Sequence[Mapping[str, str]], *args: str
 SMALL = """
 import os
 import pytest
+import torch  # once, before the fork
 
 @pytest.mark.world_size(2)
 def test_world(rank, world):
@@ -319,9 +321,6 @@ def test_srun_is_recognised_by_its_variables(make_suite: MakeSuite) -> None:
         {"SLURM_PROCID": f"{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
         for rank in range(2)
     ]
-    result = run_by_hand(suite, variables, "--junitxml=junit.xml", "--collect-only", "-q")
-    assert result.exit_code == 0
-    assert others_output(result) == ""
     result = run_by_hand(suite, variables, "--junitxml=junit.xml")
     assert "rank 0 of the 2 of srun" in result.output
     assert result.outcomes("test_world") == PASSED

@@ -119,7 +119,7 @@ def test_faults(rank: int, world: Any) -> None:
 
 @pytest.mark.world_size(2)
 def test_dies(rank: int) -> None:
-    print("last words", flush=True)
+    print(f"last words of {rank}", flush=True)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
