@@ -150,12 +150,7 @@ def checkpoint_dir(request: pytest.FixtureRequest) -> Path:
         tmp_path: Path = request.getfixturevalue("tmp_path")
         folder = tmp_path / "checkpoint"
     else:
-        if one.order.place is not None and not one.order.place.shares_folder:
-            pytest.fail(
-                f"checkpoint_dir is a folder that every rank sees, but not all nodes see "
-                f"{one.checkpoint_dir!r}: give --basetemp a folder on a shared file system",
-                pytrace=False,
-            )
+        one.require_shared_folder()
         folder = Path(one.checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

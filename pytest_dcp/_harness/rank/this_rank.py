@@ -19,7 +19,7 @@ from pytest_dcp._harness.rank.channel import Channel
 from pytest_dcp._harness.rank.exception_facts import lines_of, traceback_text
 from pytest_dcp._harness.rank.group_counter import GroupCounter
 from pytest_dcp._harness.rank.rank_interrupts import RankInterrupts
-from pytest_dcp.errors import DivergedError
+from pytest_dcp.errors import DivergedError, WorldError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,18 @@ class Rank:
     @property
     def scratch_dir(self) -> Path:
         """A folder that every rank sees; see `api.ThisRank`."""
+        self.require_shared_folder()
         return scratch_beside(Path(self.checkpoint_dir))
+
+    def require_shared_folder(self) -> None:
+        """Raise `WorldError` if not all ranks see `checkpoint_dir`, since they are on nodes
+        without a common file system.
+        """
+        if self.order.place is not None and not self.order.place.shares_folder:
+            raise WorldError(
+                f"not all nodes see {self.checkpoint_dir!r}, the folder that all ranks share: give "
+                "--basetemp a folder on a shared file system"
+            )
 
     def count_groups(self) -> GroupCounter:
         """The counter of this process, at work from the first call on."""

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_dcp._harness.protocol.launcher import OuterPlace
 from pytest_dcp._harness.rank.this_rank import Rank, current
+from pytest_dcp.errors import WorldError
 
 
 @pytest.fixture
@@ -32,5 +33,7 @@ def test_local_rank_is_that_of_the_node(
 def test_checkpoint_dir_is_refused_where_a_node_does_not_see_it(
     placed_rank: Rank, request: pytest.FixtureRequest
 ) -> None:
-    with pytest.raises(pytest.fail.Exception, match="give --basetemp a folder on a shared file"):
+    with pytest.raises(WorldError, match="give --basetemp a folder on a shared file system"):
         request.getfixturevalue("checkpoint_dir")
+    with pytest.raises(WorldError, match="not all nodes see"):
+        request.getfixturevalue("faulty_storage")
