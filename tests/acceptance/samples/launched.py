@@ -42,6 +42,11 @@ def places() -> dict[str, str]:
     return {name.lower(): os.environ[name] for name in names}
 
 
+@pytest.mark.world_size(1024, backend="fake")
+def test_fake_world(world_size: int) -> None:
+    assert world_size == dist.get_world_size() == 1024
+
+
 @pytest.mark.world_size(3, mesh=(3,))
 def test_mesh(device_mesh: Any) -> None:
     assert device_mesh.size() == 3
