@@ -24,6 +24,7 @@ from pytest_dcp.errors import (
     LostRank,
     NotACheckpointError,
     PlanError,
+    ProcessExitError,
     RankFailure,
     RecordingError,
     ReplicaMismatchError,
@@ -38,6 +39,7 @@ from pytest_dcp.errors import (
 if TYPE_CHECKING:
     from pytest_dcp._engine.simulation.simulate import simulate
     from pytest_dcp._engine.simulation.simulation import Simulation
+    from pytest_dcp._harness.adoption.process_hooks import NotAdoptedWarning
     from pytest_dcp._harness.controller.exit_warnings import LeftBehindWarning
     from pytest_dcp._harness.controller.rank_warnings import ChangedStateWarning
     from pytest_dcp._harness.controller.world_test_mixin import WorldTestMixin
@@ -60,11 +62,13 @@ __all__ = [
     "ChangedStateWarning",
     "LeftBehindWarning",
     "LostStateWarning",
+    "NotAdoptedWarning",
     "DcpError",
     "WorldError",
     "RankFailure",
     "LostRank",
     "DivergedError",
+    "ProcessExitError",
     "LateMarkerError",
     "LawError",
     "FaultError",
@@ -101,6 +105,7 @@ _LAZY = {
     "ChangedStateWarning": "pytest_dcp._harness.controller.rank_warnings:ChangedStateWarning",
     "LostStateWarning": "pytest_dcp._harness.rank.carried_state:LostStateWarning",
     "LeftBehindWarning": "pytest_dcp._harness.controller.exit_warnings:LeftBehindWarning",
+    "NotAdoptedWarning": "pytest_dcp._harness.adoption.process_hooks:NotAdoptedWarning",
 }
 """Name -> module and name there."""
 

@@ -62,6 +62,10 @@ class LostRank:
     """How it ended, and which code asked for it."""
 
 
+class ProcessExitError(DcpError):
+    """A process that an unmodified test started has ended itself with an exit code other than 0."""
+
+
 class WorldError(DcpError):
     """A world failed: carries every rank's failure, first cause first."""
 

@@ -80,6 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_dcp._harness.outer import session_plugin
 
         config.stash[OUTER_KEY] = session_plugin.register(config, options)
+    config.addinivalue_line(
+        "markers",
+        "dcp_adopt(bool): whether --dcp-adopt runs the processes that the test starts as ranks.",
+    )
     if options.marker:
         config.addinivalue_line(
             "markers",
@@ -153,8 +157,9 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     options = session.config.stash[OPTIONS_KEY]
     decided_markers.decide(session.items, options.marker)
     outer = session.config.stash[OUTER_KEY]
+    adopts = options.adopt and bool(session.items)
     needs_worlds = _needs_worlds(session.items) or (outer is not None and outer.is_active)
-    if session.config.option.collectonly or _in_a_rank() or not needs_worlds:
+    if session.config.option.collectonly or _in_a_rank() or not (needs_worlds or adopts):
         return (yield)
     if sys.platform != "linux":
         return (yield)  # `pytest_runtest_setup` refuses each test that needs a world
@@ -164,6 +169,10 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
     make_harness = outer.make_harness if outer is not None and outer.is_active else None
     harness = collection.begin(session, options, make_harness)
+    if adopts:
+        from pytest_dcp._harness.adoption import session as adoption
+
+        adoption.begin(harness)
     try:
         result: object = yield
     except (KeyboardInterrupt, pytest.exit.Exception):

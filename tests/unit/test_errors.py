@@ -51,6 +51,7 @@ from pytest_dcp.errors import (
     LawError,
     NotACheckpointError,
     PlanError,
+    ProcessExitError,
     RankFailure,
     RecordingError,
     ReplicaMismatchError,
@@ -78,6 +79,7 @@ SHORTAGE = Shortage(
 )
 SAMPLES: dict[type[DcpError], DcpError] = {
     DcpError: DcpError("rank 3: it's broken"),
+    ProcessExitError: ProcessExitError("the process ended itself by sys.exit(3)"),
     WorldError: WorldError("rank 1: was killed", FAILURES),
     DivergedError: DivergedError("ranks asked the world for different things"),
     LateMarkerError: LateMarkerError("the marker of test_it was added too late"),

@@ -30,7 +30,7 @@ STANDARD = {
     "_exit", "_getframe", "_fields", "_clear", "_run_exitfuncs", "_exit_function",
     "_finalizer_registry", "_registered_with_atexit", "_index_iter", "_exitfunc",
     "_threading_atexits", "_handlerList", "_data", "_signal", "_lock", "_state", "_target",
-    "_initializing", "_normal_accessor",
+    "_initializing", "_normal_accessor", "_popen", "_Popen", "_args", "_kwargs",
 }  # fmt: skip
 """Private names of the standard library, which its own versions keep."""
 NAMES = {"_own", "_theirs_too"}, {"_theirs_too"}

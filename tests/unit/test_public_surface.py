@@ -67,7 +67,7 @@ def test_the_package_itself_exports_the_classes_of_fixtures() -> None:
 
 
 def test_every_warning_of_the_harness_is_exported_by_the_package() -> None:
-    warned = {"ChangedStateWarning", "LeftBehindWarning", "LostStateWarning"}
+    warned = {"ChangedStateWarning", "LeftBehindWarning", "LostStateWarning", "NotAdoptedWarning"}
     assert warned <= {name for name in defined_names() if name.endswith("Warning")}
     assert warned <= set(public_names("pytest_dcp"))
     assert all(issubclass(getattr(pytest_dcp, name), pytest.PytestWarning) for name in warned)

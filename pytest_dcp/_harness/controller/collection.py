@@ -89,11 +89,12 @@ def read_specs(items: Sequence[pytest.Item], options: Options) -> list[WorldSpec
         if spec is not None:
             problems += [f"{item.nodeid}: {text}" for text in losing_fixtures.problems_of(item)]
     if problems:
-        _refuse(items[0].config, problems)
+        refuse_suite(items[0].config, problems)
     return specs
 
 
-def _refuse(config: pytest.Config, problems: Sequence[str]) -> NoReturn:
+def refuse_suite(config: pytest.Config, problems: Sequence[str]) -> NoReturn:
+    """Raise one `pytest.UsageError` with the problems, in the controller of an xdist worker too."""
     lines = [*problems[:MAX_PROBLEMS]]
     if len(problems) > len(lines):
         lines.append(f"... and {len(problems) - len(lines)} more")
@@ -194,7 +195,7 @@ def begin(
     hooks = ItemHooks(harness, pdb_invoke, SteadyLogs(session.config))
     manager.register(hooks, "pytest_dcp.items")
     for note in harness.notes:
-        _tell(session.config, note)
+        tell(session.config, note)
     for index, (item, spec) in enumerate(zip(session.items, specs, strict=True)):
         if spec is not None:
             mark = markers_of(item, options.marker)[0]
@@ -203,7 +204,7 @@ def begin(
     return harness
 
 
-def _tell(config: pytest.Config, line: str) -> None:
+def tell(config: pytest.Config, line: str) -> None:
     """One line for the user: on the terminal, or through xdist to the one that has it."""
     if hasattr(config, "workeroutput"):
         config.workeroutput.setdefault("dcp_notes", []).append(line)

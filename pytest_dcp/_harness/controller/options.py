@@ -37,6 +37,10 @@ class Options:
     output_limit_bytes: int
     """Captured output of one rank in one phase; more is a failure."""
     seed: int | None
+    adopt: bool = False
+    """Whether processes of unmarked tests run as ranks."""
+    adopt_except: tuple[str, ...] = ()
+    """Names of tests that are not adopted; see `choice.names`."""
 
 
 OPTIONS = (
@@ -68,6 +72,13 @@ OPTIONS = (
         "max-procs", "0", "rank processes at a time on this machine; 0: by its cores", takes=int
     ),
     Option("output-limit", "256", "MiB that one rank may print in one phase", takes=float),
+    Option("adopt", "", "run the processes that unmodified tests start as ranks", takes=bool),
+    Option(
+        "adopt-except",
+        "",
+        "tests that start their processes themselves: nodeids or the beginnings of some, with "
+        "wildcards, separated by spaces",
+    ),
     Option("seed", "", "seed of every rank; by default from the test's name", takes=int),
 )
 
@@ -101,6 +112,8 @@ def read_options(config: pytest.Config) -> Options:
         max_procs=int(max_procs or 0),
         output_limit_bytes=int((output or 0) * 2**20),
         seed=None if seed is None else int(seed),
+        adopt=reader.flag("adopt"),
+        adopt_except=tuple(reader.text("adopt-except").split()),
     )
 
 

@@ -15,7 +15,7 @@ import uuid
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -46,6 +46,7 @@ HARMLESS_THREADS = frozenset({"execnet", "pytest_rerunfailures"})
 """Packages of pytest's world whose threads only wait on sockets of their own, which ranks let go
 of."""
 HARNESS_KEY = pytest.StashKey["Harness"]()
+W = TypeVar("W", bound=World)
 
 
 class Harness:
@@ -156,9 +157,13 @@ class Harness:
 
     def open(self, spec: WorldSpec, seed: int) -> tuple[World, Outcome]:
         """A started world and how its boot went. Skips or fails where GPUs are missing."""
+        return self.open_as(World, spec, seed)
+
+    def open_as(self, kind: type[W], spec: WorldSpec, seed: int) -> tuple[W, Outcome]:
+        """`open` for a class of worlds."""
         self.launcher().await_ready()
         lease = self._lease(spec)
-        world: World | None = None
+        world: W | None = None
 
         def end() -> None:
             if lease is not None:
@@ -168,7 +173,7 @@ class Harness:
 
         try:
             gpus = lease.gpus if lease is not None else ()
-            world = World(spec, self.settings, seed=seed, gpus=gpus, on_end=end)
+            world = kind(spec, self.settings, seed=seed, gpus=gpus, on_end=end)
             self._open[world.number] = world
             return world, self._start(world)
         except BaseException:

@@ -34,7 +34,7 @@ from pytest_dcp._harness.protocol.launcher import (
     Signals,
     StopChange,
 )
-from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem
+from pytest_dcp._harness.protocol.messages import At, Done, Go, RunItem, RunProcess
 from pytest_dcp._harness.rank import (
     captured_output,
     coverage,
@@ -285,6 +285,10 @@ class _CollectingRunner:
             serving.run(config)
         finally:
             self.rank.capture = capture  # the session's own has ended with it
+
+    def run_process(self, order: RunProcess) -> Done:
+        """Refused: a test's processes are only forked; otherwise they are left to the test."""
+        raise DcpError(f"told to run a process of {order.nodeid!r} in a new interpreter")
 
     def tear_down(self, order: Go) -> Done:
         """Does nothing: the session of an item has torn down everything that it had set up."""

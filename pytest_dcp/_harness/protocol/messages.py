@@ -96,7 +96,7 @@ class Done:
     `group_use.to_plain`.
     """
     returncode: int | None = None
-    """Only for an exit: the session's exit code."""
+    """Of an exit: the session's exit code. Of a process: the code that it would have ended with."""
     awaits: str = ""
     """Only for a call that has not ended: the property whose examples the rank waits for."""
     payload: bytes = b""
@@ -201,6 +201,18 @@ class CallFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class RunProcess:
+    """Controller -> rank: run a process of an unmodified test, for `pytest --dcp-adopt`."""
+
+    index: int
+    """As in `RunItem`: the item that started the process."""
+    nodeid: str
+    seed: int
+    payload: bytes = b""
+    """A pickled `process_call.ProcessCall`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """Controller -> rank: run an example of the property that you wait for.
 
@@ -256,14 +268,14 @@ class Leave:
 
 
 Up = Done | At | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultAsk
-Down = RunItem | Go | CallFunction | Example | Met | DebugAnswer | FaultAnswer | Leave
+Down = RunItem | Go | CallFunction | RunProcess | Example | Met | DebugAnswer | FaultAnswer | Leave
 Message = Up | Down
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Done, At, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
-        RunItem, Go, CallFunction, Example, Met, DebugAnswer, FaultAnswer, Leave,
+        RunItem, Go, CallFunction, RunProcess, Example, Met, DebugAnswer, FaultAnswer, Leave,
     )
 }  # fmt: skip
 # Looked up once: a test in a world of four costs two dozen frames.

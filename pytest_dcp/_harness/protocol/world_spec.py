@@ -31,6 +31,8 @@ KEYWORDS = tuple(WorldKeywords.__annotations__)
 BACKENDS = ("auto", "gloo", "nccl")
 FAKE = "fake"
 """The backend of torch's FakeProcessGroup: one process runs one rank's view of the world."""
+NO_GROUP = "none"
+"""The backend of ranks that join no process group: they run code that makes its own."""
 MAX_WORLD_SIZE = 1024
 """A larger world on one machine is a typing error: each rank is a process."""
 MAX_FAKE_SIZE = 1 << 17
@@ -44,7 +46,7 @@ class WorldSpec:
     size: int
     """Number of processes, >= 1, each of them a rank; one for a fake world."""
     backend: str
-    """gloo, nccl or fake."""
+    """gloo, nccl or fake; `NO_GROUP` for none."""
     device: str
     """cpu or cuda."""
     mesh: tuple[int, ...]

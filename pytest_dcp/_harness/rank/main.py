@@ -37,7 +37,9 @@ from pytest_dcp._harness.protocol.messages import (
     RankOutcome,
     RecordedWarning,
     RunItem,
+    RunProcess,
 )
+from pytest_dcp._harness.protocol.world_spec import NO_GROUP
 from pytest_dcp._harness.rank import coverage, interpreter_exit
 from pytest_dcp._harness.rank.channel import Channel, ControllerGoneError
 from pytest_dcp._harness.rank.exception_facts import (
@@ -59,6 +61,9 @@ class ItemRunner(Protocol):
 
     def run(self, order: RunItem) -> None:
         """One item from setup to teardown, in lockstep with the other ranks."""
+
+    def run_process(self, order: RunProcess) -> Done:
+        """A process of an unmodified test, from its start to its end."""
 
     def tear_down(self, order: Go) -> Done:
         """Between two items, tear down the scopes that the named one does not share; without one,
@@ -163,6 +168,8 @@ def _set_environment(order: RankLaunch) -> None:
 
 
 def _init_process_group(order: RankLaunch) -> None:
+    if order.backend == NO_GROUP:
+        return
     import torch
     import torch.distributed as dist
 
@@ -207,6 +214,11 @@ def _serve(rank: Rank, runner: ItemRunner) -> None:
                 rank.checkpoint_dir = order.checkpoint_dir
                 rank.reseed(order.seed)
                 runner.run(order)
+            case RunProcess():
+                rank.reseed(order.seed)
+                result = runner.run_process(order)
+                coverage.save()  # as after a function
+                rank.channel.send(result)
             case CallFunction():
                 rank.reseed(order.seed)
                 result = _call(rank, order.payload)

@@ -26,6 +26,7 @@ from pytest_dcp._harness.protocol.messages import (
     Phase,
     RecordedWarning,
     RunItem,
+    RunProcess,
     SubReport,
 )
 from pytest_dcp._harness.rank import carried_state
@@ -45,6 +46,7 @@ from pytest_dcp._pytest_internals import (
 from pytest_dcp.errors import DcpError
 
 if TYPE_CHECKING:
+    from pytest_dcp._harness.rank.foreign_process import ForeignProcess
     from pytest_dcp._harness.rank.state_keeper import StateKeeper
 
 
@@ -56,6 +58,9 @@ class RankPlugin:
     """In a warm world."""
     follows = False
     """Whether Hypothesis' properties run in lockstep."""
+    _process: ForeignProcess | None = None
+    """The process of an unmodified test, while it runs."""
+    _called: Done
     _torn_down: Done
     _item: pytest.Item
 
@@ -89,6 +94,22 @@ class RankPlugin:
         _widen_world_size(item)
         item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         self.rank.channel.send(self._conclude_item(self._torn_down))
+
+    def run_process(self, order: RunProcess) -> Done:
+        """A process of an unmodified test, as the call of the test that started it."""
+        from pytest_dcp._harness.rank.foreign_process import ForeignProcess
+
+        item = self._find(order.index, order.nodeid)
+        if item is None:
+            raise DcpError(f"{order.nodeid!r} is not among the items that this rank inherited")
+        self.warnings = []
+        self._process = process = ForeignProcess(order.payload, self.rank.order)
+        item.runtest = process.run  # type: ignore[method-assign]  # this item only, not its class
+        try:
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
+        finally:
+            self._process = None
+        return replace(self._conclude_item(self._called), returncode=process.exit_code)
 
     def tear_down(self, order: Go) -> Done:
         """Between two items, tear down the scopes that the order's item does not share; all if
@@ -161,9 +182,13 @@ class RankPlugin:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
         """The item's phases, each when the controller says so."""
-        begin_request(item)
         self._item = item
         self._verdicts.begin_item()
+        if self._process is not None:
+            self._pass_setup(item)
+            self._called = self._phase(item, "call")
+            return True
+        begin_request(item)
         self.rank.channel.send(self._phase(item, "setup"))
         while True:
             go = self.rank.channel.receive_order()
@@ -178,6 +203,18 @@ class RankPlugin:
                 self.rank.channel.send(result)
         end_request(item)
         return True
+
+    def _pass_setup(self, item: pytest.Item) -> None:
+        """Tell the plugins of a setup that some expect before a call, and set up nothing.
+
+        pytest's own logging begins its records there, pytest-rerunfailures those of reports.
+        """
+        manager = self.config.pluginmanager
+        logging_plugin = manager.getplugin("logging-plugin")
+        others = [plugin for plugin in manager.get_plugins() if plugin is not logging_plugin]
+        begin = manager.subset_hook_caller("pytest_runtest_setup", others)
+        call = pytest.CallInfo.from_call(lambda: begin(item=item), when="setup")
+        item.ihook.pytest_runtest_makereport(item=item, call=call)
 
     def _phase(self, item: pytest.Item, phase: Phase, **kwargs: object) -> Done:
         hook = getattr(item.ihook, f"pytest_runtest_{phase}")

@@ -56,6 +56,8 @@ class RankLoop:
         self.sub_reports: list[tuple[int, dict[str, object]]] = []
         self.leaked_processes: list[tuple[int, str]] = []
         """(rank, `pid (command)`) of processes that ranks left behind; they were killed."""
+        self.statuses: dict[int, int] = {}
+        """By rank, the exit code of its process, or minus the signal, once it has ended."""
         self._world = world
         self._launcher = launcher
         self._selector = selectors.DefaultSelector()
@@ -142,6 +144,7 @@ class RankLoop:
                 self.act(self.supervisor.see_stop_change(change.rank, now, stopped=change.stopped))
                 continue
             self.leaked_processes += [(change.rank, leaked) for leaked in change.leaked_processes]
+            self.statuses[change.rank] = change.status
             self.act(self.supervisor.see_exit(change.rank, change.status, now, change.how))
         return bool(news)
 

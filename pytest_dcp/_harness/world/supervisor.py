@@ -272,6 +272,14 @@ class Supervisor:
         text = f"still in {self.phase}"
         return [a for rank in self.busy for a in self._kill(rank, "blocked", text, now)]
 
+    def see_failure_elsewhere(self, now: float) -> None:
+        """A rank of another world has failed, for which these may wait: they get the grace."""
+        self._timers.end_soon(now)
+
+    def await_survivors(self) -> None:
+        """A failing rank does not shorten the time of its peers: the test expects it."""
+        self._timers.grace_s = float("inf")
+
     def see_exit(self, rank: int, status: int, now: float, how: str = "") -> list[Action]:
         """A rank's process ended; `status` is negative for a signal.
 

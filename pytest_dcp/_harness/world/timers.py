@@ -44,7 +44,8 @@ class Timers:
         """Whether the phase has reached its deadline."""
         self.prepared_too_long = False
         """Whether ranks have reached the limit of what comes before the phase itself."""
-        self._grace_s = grace_s
+        self.grace_s = grace_s
+        """How long the peers of a failed rank may go on."""
         self._stacks_at = INF
         self._kill_at = INF
         self._lost_at = INF
@@ -69,7 +70,7 @@ class Timers:
     def end_soon(self, now: float) -> None:
         """A rank cannot pass: its peers get the grace, and no more."""
         if self._kill_at == INF and not self.timed_out and not self.interruption.is_on:
-            self._stacks_at = min(self._stacks_at, self.clock(now) + self._grace_s)
+            self._stacks_at = min(self._stacks_at, self.clock(now) + self.grace_s)
 
     def stop(self) -> None:
         """No rank is left."""

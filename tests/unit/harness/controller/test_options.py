@@ -60,6 +60,8 @@ GIVEN: list[tuple[str, str, str, object]] = [
     ("require-gpus", "true", "require_gpus", True),
     ("max-procs", "16", "max_procs", 16),
     ("output-limit", "3", "output_limit_bytes", 3 * 1024 * 1024),
+    ("adopt", "true", "adopt", True),
+    ("adopt-except", "a.py *::b", "adopt_except", ("a.py", "*::b")),
     ("seed", "0", "seed", 0),
     ("seed", "1234567890123", "seed", 1234567890123),
 ]
@@ -216,6 +218,7 @@ NATIVE: list[tuple[str, object, str, object]] = [
     ("require-gpus", True, "require_gpus", True),
     ("max-procs", 16, "max_procs", 16),
     ("output-limit", 0.5, "output_limit_bytes", 512 * 1024),
+    ("adopt", True, "adopt", True),
     ("seed", 7, "seed", 7),
 ]
 """Values that a TOML file states without quotes: every option that is not a name."""
@@ -234,7 +237,7 @@ def test_a_toml_file_gives_an_option_in_its_own_type(
 
 
 def test_every_option_that_a_number_or_a_flag_suits_has_a_type() -> None:
-    names = {"marker", "launch", "backend", "report-ranks"}
+    names = {"marker", "launch", "backend", "report-ranks", "adopt-except"}
     assert {name for name, *_ in NATIVE} == set(NAMES) - names
     assert {option.name for option in OPTIONS if option.takes is str} == names
 
