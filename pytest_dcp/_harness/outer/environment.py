@@ -57,6 +57,16 @@ class _Variables:
     local_rank: str = ""
 
 
+PMI = _Variables("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", local_rank="MPI_LOCALRANKID")
+# A batch script has SLURM_PROCID and SLURM_NTASKS too, but only srun starts steps.
+SRUN = _Variables(
+    "srun",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NODEID",
+    "SLURM_LOCALID",
+)
 LAUNCHERS = (
     _Variables("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "GROUP_RANK", "LOCAL_RANK"),
     _Variables(
@@ -66,19 +76,13 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_SIZE",
         local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
     ),
-    _Variables("mpirun", "PMI_RANK", "PMI_RANK", "PMI_SIZE", local_rank="MPI_LOCALRANKID"),
-    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but only srun starts steps.
-    _Variables(
-        "srun",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_PROCID",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_NODEID",
-        "SLURM_LOCALID",
-    ),
+    PMI,
+    SRUN,
 )
 """The innermost first."""
-BY_HAND = _Variables("RANK and WORLD_SIZE", "RANK", "RANK", "WORLD_SIZE", "", "LOCAL_RANK")
+BY_HAND = _Variables(
+    "a launcher (RANK and WORLD_SIZE)", "RANK", "RANK", "WORLD_SIZE", "", "LOCAL_RANK"
+)
 
 
 class OuterEnvironmentError(Exception):
@@ -93,6 +97,8 @@ def read_environment(environ: Mapping[str, str]) -> OuterLaunch | None:
     if environ.get(RANK_VARIABLE) or environ.get(INSIDE_VARIABLE):
         return None
     present = [one for one in LAUNCHERS if one.sign in environ]
+    if PMI in present and SRUN in present and _are_equal(PMI, SRUN, environ):
+        present.remove(PMI)  # srun itself sets these for MPI
     if not present and "RANK" not in environ:
         return None
     names = present[0] if present else BY_HAND
@@ -114,6 +120,11 @@ def read_environment(environ: Mapping[str, str]) -> OuterLaunch | None:
         max_restarts=_optional_number(environ, "TORCHELASTIC_MAX_RESTARTS") or 0,
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
     )
+
+
+def _are_equal(one: _Variables, other: _Variables, environ: Mapping[str, str]) -> bool:
+    pairs = ((one.rank, other.rank), (one.size, other.size))
+    return all(environ.get(mine) == environ.get(theirs) for mine, theirs in pairs)
 
 
 def _place(names: _Variables, environ: Mapping[str, str]) -> tuple[int, int]:

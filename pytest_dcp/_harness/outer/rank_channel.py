@@ -30,6 +30,7 @@ RankKey = tuple[int, int]
 class RankChannel:
     """One rank of one world, which a seat runs."""
 
+    key: RankKey
     link: SeatLink
     files: dict[str, int]
     """Descriptors by name."""
@@ -70,10 +71,11 @@ class RankChannel:
             os.close(fd)
 
 
-def open_channel(fds: RankFds, seat: int) -> RankChannel:
+def open_channel(key: RankKey, fds: RankFds, seat: int) -> RankChannel:
     """A rank's channel; the descriptors are duplicated."""
     link = SeatLink(socket.socket(fileno=os.dup(fds.socket)))
-    return RankChannel(link, {name: os.dup(getattr(fds, name)) for name in RANK_FILES}, seat)
+    files = {name: os.dup(getattr(fds, name)) for name in RANK_FILES}
+    return RankChannel(key, link, files, seat)
 
 
 def _write_file(fd: int, message: RankFile) -> None:

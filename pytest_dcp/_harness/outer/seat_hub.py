@@ -168,7 +168,7 @@ class SeatHub:
     def open_channel(self, key: RankKey, seat: int, fds: RankFds) -> None:
         """Connect the controller's end of a rank with a seat; the descriptors are duplicated."""
         with self.changed:
-            self._state.channels[key] = open_channel(fds, seat)
+            self._state.channels[key] = open_channel(key, fds, seat)
             if self._state.seats[seat].lost:
                 self._end_channels_of(seat)
         self._wake()
@@ -378,8 +378,8 @@ class SeatHub:
     def _read_from_controller(self, channel: RankChannel) -> None:
         data = channel.link.receive()
         if data:
-            key = next(key for key, one in self._state.channels.items() if one is channel)
-            self._state.seats[channel.seat].link.send(encode_seat_message(ToRank(*key, data)))
+            frame = encode_seat_message(ToRank(*channel.key, data))
+            self._state.seats[channel.seat].link.send(frame)
         elif data == b"":
             channel.close_link()
 

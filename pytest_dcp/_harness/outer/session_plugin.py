@@ -218,7 +218,7 @@ class OuterPlugin:
             self._code = CONTROLLER_LOST_CODE
             if self.launch.rank == 1:
                 _say(
-                    f"rank 0 of {self.launch.launcher} ended without a verdict: the tests that it "
+                    f"rank 0 of {self.launch.launcher} is gone or unreachable: the tests that it "
                     "had not reported have no result"
                 )
         except WorldError as error:

@@ -57,7 +57,8 @@ def test_torchruns_variables_are_read() -> None:
         (SRUN, "srun", 2, 4, 0),
         (OPEN_MPI, "mpirun", 1, 2, 1),
         (MPICH, "mpirun", 1, 2, None),
-        (BY_HAND, "RANK and WORLD_SIZE", 0, 2, None),
+        (BY_HAND, "a launcher (RANK and WORLD_SIZE)", 0, 2, None),
+        (SRUN | {"PMI_RANK": "2", "PMI_SIZE": "4"}, "srun", 2, 4, 0),  # by srun, for MPI
     ],
 )
 def test_other_launchers_variables_are_read(
