@@ -67,7 +67,7 @@ def has_own_loop(cls: type) -> bool:
 
 
 def join_continuous_group(cls: Any, rank: int, size: int, file: str) -> None:
-    """In a rank: what the loop of a continuous test's class does before the first test."""
+    """In a rank: join the group, as the loop of a continuous test's class does before its tests."""
     cls.rank, cls.world_size = rank, size
     cls._init_pg(rank, size, file)
 
@@ -78,7 +78,7 @@ def run_continuous_test(cls: Any, test_id: str) -> None:
 
 
 def leave_continuous_group(cls: Any) -> None:
-    """In a rank: what the loop does after the last test."""
+    """In a rank: leave the group, as the loop does after the last test."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

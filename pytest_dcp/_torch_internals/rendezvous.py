@@ -19,10 +19,10 @@ _replaced: dict[int, int] = {}
 def meet_at(port: int) -> None:
     """Let groups of this process that meet at a port of this machine meet at `port` instead.
 
-    Tests have a fixed port in their text, or one that was free a moment ago: two sessions, or two
-    workers of xdist, would meet each other there. Only the first port is replaced; a test that uses
-    two has two groups at a time. For the life of the process. Can go when torch has a public hook
-    where a store is made.
+    Tests have a fixed port in their text, or choose one that is free at that moment: two sessions,
+    or two workers of xdist, would meet each other there. Only the first port is replaced: a test
+    with a second one has two groups at a time. For the life of the process. Can go when torch has a
+    public hook where a store is made.
     """
     create = torch_rendezvous._create_c10d_store
     if create.__module__ == __name__:

@@ -115,7 +115,7 @@ def test_a_page_without_a_place_for_the_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_guide_has_a_place_for_each_benchmark() -> None:
     assert {
-        *("worlds", "worlds-targets", "examples", "engine", "state-dicts"),
+        *("worlds", "worlds-targets", "adoption", "examples", "engine", "state-dicts"),
         *("hardening-bombs", "hardening-overwrites", "hardening-floods", "hardening-peers"),
     } <= _sections(PERFORMANCE.read_text()).keys()
 

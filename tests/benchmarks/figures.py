@@ -1,8 +1,8 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
-Enters: the documents that `bench_worlds`, `bench_engine`, `bench_state_dict` and
-`bench_hardening` write. Leaves: Markdown tables by the names of their sections. A page has a
-place for each section that it shows, and everything between its two lines is replaced:
+Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict` and
+`bench_hardening` write. Leaves: Markdown tables by the names of their sections. A page has a place
+for each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->
     <!-- end of figures -->
@@ -18,6 +18,7 @@ import table
 from methods import Case
 
 Document = Mapping[str, Any]
+ADOPTION_COLUMNS = ("tests of", "as written, ms", "adopted, ms", "faster", "at least 20x")
 WORDS = {True: "yes", False: "no", None: table.ABSENT}
 _PLACE = re.compile(
     r"(?P<begin><!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
@@ -75,6 +76,8 @@ def sections(document: Document) -> dict[str, str]:
         }
     elif "peaks" in document:
         found = _state_dicts(document)
+    elif "adopted" in document:
+        found = {"adoption": table.markdown(ADOPTION_COLUMNS, adoption_rows(document["adopted"]))}
     elif "cases" in document:
         found = {"engine": _engine(document["cases"])}
     else:
@@ -94,6 +97,20 @@ def describe_run(document: Document) -> str:
     options = document.get("options", document)
     quick = " These are figures of `--quick`, which mean little." if options.get("quick") else ""
     return f"{', '.join(parts)}.{quick}"
+
+
+def adoption_rows(rows: Sequence[Document]) -> list[list[str]]:
+    """The rows of the table of unmodified suites."""
+    return [
+        [
+            row["kind"],
+            f"{row['as written']:,.0f}",
+            f"{row['adopted']:,.0f}",
+            f"{row['ratio']:,.0f}x",
+            WORDS[row["met"]],
+        ]
+        for row in rows
+    ]
 
 
 def _worlds(document: Document) -> dict[str, str]:

@@ -84,7 +84,7 @@ class ContinuousRanks:
         return self._result
 
     def end(self) -> None:
-        """Have the ranks leave their group and end. Raises what fails then."""
+        """Have the ranks leave their group and end. Raises the failure of that."""
         processes, self._processes = self._processes, None
         test = self._current()
         if processes is None or processes.world.is_over or test is None:

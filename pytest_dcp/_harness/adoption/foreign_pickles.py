@@ -22,7 +22,7 @@ class _Spawning:
 
 
 def dump_target(target: object) -> bytes:
-    """The pickled target. Raises what its own pickling raises."""
+    """The pickled target. Raises any exception of its own reduction."""
     spawning: Any = context
     spawning.set_spawning_popen(_Spawning())
     try:

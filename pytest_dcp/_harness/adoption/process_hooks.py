@@ -2,7 +2,7 @@
 
 Enters: `Process.start()`. Leaves: a `RankPopen`, or the process that the test would have started
 without us. Only functions of the suite itself are adopted: workers of a DataLoader, a pool or a
-manager are none. A function that a new interpreter could not import is left as it is.
+manager are none. A function that a new interpreter could not import stays with the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pytest_dcp._harness.adoption.running_test import RunningTest
 CurrentTest = Callable[[], RunningTest | None]
 """The adopted test that runs now in this process; None for none."""
 POINT = (context.SpawnProcess, "_Popen")
-"""What `install` replaces first."""
+"""The first function that `install` replaces."""
 KINDS = ("SpawnProcess", "ForkProcess", "ForkServerProcess")
 INSTALLED = tuple(
     {*site.getsitepackages(), *(sysconfig.get_path(name) for name in ("purelib", "platlib"))}

@@ -63,7 +63,7 @@ class ProcessSet:
         return len(self.popens) == self.size
 
     def call_of(self, target: object, name: str) -> ProcessCall:
-        """A process of this world, as its rank gets it. Raises what pickling it raises."""
+        """A process of this world, as its rank gets it. Raises any exception of its pickling."""
         return call_of(target, name, skips=self.skips, error_code=self.error_code)
 
     def add(self, call: ProcessCall, *, daemon: bool = False) -> RankPopen:
@@ -103,7 +103,7 @@ class ProcessSet:
                 popen.see_end(self.world.exit_code(popen.rank) or 0)
 
     def conclude(self) -> None:
-        """Every process has answered or ended: have them exit, and join what they say."""
+        """Every process has answered or ended: have them exit, and join their outcomes."""
         self.is_running = False
         outcome = self.world.finish()
         self.absorb(outcome)
@@ -153,7 +153,7 @@ def call_of(
 ) -> ProcessCall:
     """A process that begins here and now. `target`: (function, args, kwargs).
 
-    Raises what the target's own pickling raises.
+    Raises any exception of the target's own reduction.
     """
     from pytest_dcp._harness.adoption.foreign_pickles import dump_target
 

@@ -1,4 +1,4 @@
-"""What `multiprocessing.Process` holds of a process that runs as a rank: a `Popen` of ours.
+"""A process that runs as a rank, as its `multiprocessing.Process` holds it: a `Popen` of ours.
 
 `Process.join`, `is_alive`, `exitcode`, `terminate` and `sentinel` work on it unchanged.
 """

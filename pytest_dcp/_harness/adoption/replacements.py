@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Replacements:
-    """What was replaced, to be put back in the reverse order."""
+    """Originals, put back in the reverse order."""
 
     def __init__(self) -> None:
         self._originals: list[tuple[Any, str, Any]] = []
 
     def replace(self, owner: Any, name: str, new: Any) -> Any:
-        """Put `new` in place of an attribute. Returns the attribute as its owner has it."""
+        """Replace an attribute by `new`. Returns the attribute as its owner has it."""
         original = vars(owner)[name]
         self._originals.append((owner, name, original))
         setattr(owner, name, new)

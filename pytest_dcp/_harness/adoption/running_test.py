@@ -26,8 +26,7 @@ from pytest_dcp.errors import RankFailure
 STEP_S = 0.02
 """How long the processes of one world are looked after before those of the next."""
 VAIN_S = 5.0
-"""How long a test may go on after all its processes have ended and one has failed: it may wait for
-what never comes."""
+"""How long a test may go on when all its processes have ended, and one has failed."""
 MARGIN = 0.1
 """Of pytest-timeout's limit: left for stacks and reports, before it ends the test itself."""
 
@@ -178,7 +177,7 @@ class RunningTest:
             yield joined
 
     def end(self) -> None:
-        """The item is over: end what it left."""
+        """The item is over: end the processes that it left."""
         self._lookout.stop()
         for one in self.sets:
             one.kill()

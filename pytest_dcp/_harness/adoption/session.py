@@ -1,7 +1,7 @@
 """`pytest --dcp-adopt`: processes that unmodified tests start run as ranks.
 
 A suite that starts its ranks itself pays seconds for each test: every rank is a new interpreter
-that imports torch. It also loses what they say: only an exit code comes back, and often only that
+that imports torch. Their errors are lost: only an exit code comes back, and often only that
 of rank 0 is compared. Here each process of a test is forked from the zygote, as ranks are, and its
 verdict counts. The suite's own code runs unchanged in both places:
 
@@ -9,7 +9,7 @@ verdict counts. The suite's own code runs unchanged in both places:
     in a rank                the function that was to run in the process, with its arguments
 
 `Process.start()` is where the two meet (`process_hooks`): its `_Popen` is ours, and gives a
-`RankPopen` in place of a new interpreter. Where a suite says how many processes it starts, they are
+`RankPopen` instead of a new interpreter. Where a suite says how many processes it starts, they are
 the ranks of one world (`process_set`): `mp.spawn`, torch's `MultiProcessTestCase` (`torch_cases`)
 and `MultiProcContinuousTest` (`continuous_cases`). Processes that start one by one are worlds of
 one rank each, and are reported together.
@@ -88,7 +88,7 @@ class Adoption:
         return self._test if os.getpid() == self._pid else None
 
     def replace_functions(self) -> None:
-        """Replace what starts and joins processes, as far as it has been imported."""
+        """Replace the functions that start and join processes, in modules that are imported."""
         replace = self._replacements
         if not self._replacements.has_replaced(*process_hooks.POINT):
             process_hooks.install(replace, self.current)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ProcessCall:
-    """One process: what it runs, and where it begins."""
+    """One process: its target, and the surroundings in which it begins."""
 
     target: bytes
     """Pickled `(target, args, kwargs)`. Loading it may import modules of the suite."""

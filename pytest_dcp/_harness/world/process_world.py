@@ -1,7 +1,7 @@
 """A world whose ranks are processes that an unmodified test starts, each with an order of its own.
 
-Enters: orders, some ranks each with its own. Leaves: what a `multiprocessing.Process` can be asked:
-a process id, whether it has ended, how; and the `Outcome` of all of them.
+Enters: orders, some ranks each with its own. Leaves: the facts that a `multiprocessing.Process`
+gives (process id, whether it has ended, exit code), and the `Outcome` of all of them.
 """
 
 from __future__ import annotations
