@@ -253,7 +253,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("files", "words"),
         [
-            ({}, "no files"),
+            ({}, "no files are there"),
             ({"__0_0.distcp": b"x"}, "data files but no .metadata: the save did not end"),
             ({"notes.txt": b"x", "run.log": b""}, "notes.txt, run.log"),
             ({"metadata.pkl": b"x", "model_0.pt": b""}, "torch_checkpointing"),

@@ -1,8 +1,8 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
-Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict` and
-`bench_hardening` write. Leaves: Markdown tables by the names of their sections. A page has a place
-for each section that it shows, and everything between its two lines is replaced:
+Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict`,
+`bench_opened` and `bench_hardening` write. Leaves: Markdown tables by the names of their sections.
+A page has a place for each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->
     <!-- end of figures -->
@@ -78,6 +78,8 @@ def sections(document: Document) -> dict[str, str]:
         found = _state_dicts(document)
     elif "adopted" in document:
         found = {"adoption": table.markdown(ADOPTION_COLUMNS, adoption_rows(document["adopted"]))}
+    elif "opened" in document:
+        found = {"opened": _hardening(document["opened"])}
     elif "cases" in document:
         found = {"engine": _engine(document["cases"])}
     else:

@@ -1,4 +1,4 @@
-"""What a conversion takes from a checkpoint, under which names and in which dtypes. Pure (no I/O).
+"""The choices of a conversion: names, new names and dtypes. Pure (no I/O).
 
 >>> changes = Changes(exclude="optim.*", rename={"model.": ""}, dtype=torch.bfloat16)
 >>> changes.choose(["model.w", "model.mask", "optim.w"], "run")

@@ -1,6 +1,6 @@
 """An open checkpoint and the changes to make -> tensors and values for the target, by new name.
 
-What every direction of a conversion shares. Tensors are read part by part into memory that the
+All directions of a conversion use this. Tensors are read part by part into memory that the
 writer of the target gives; a part of another dtype is cast while it is copied.
 """
 
@@ -48,7 +48,7 @@ class ConvertedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     tensors: int
     """That the target has."""
@@ -74,6 +74,7 @@ class ConvertedContents:
         """By the target's name."""
         self.values: dict[str, str] = {}
         """By the target's name, the source's."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         for name, new in changes.choose(tuple(checkpoint), checkpoint.where).items():
             lazy = checkpoint[name]
             if isinstance(lazy, LazyTensor):
@@ -90,11 +91,23 @@ class ConvertedContents:
         )
 
     def read_whole(self, name: str) -> torch.Tensor:
-        """A full tensor of the target."""
+        """A full tensor of the target; the next call may use its memory again."""
         tensor = self.tensors[name]
-        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.dtype == tensor.stored_dtype:
+            mapped = self.checkpoint.borrow_tensor(tensor.source)
+            if mapped is not None:
+                return mapped
+        memory = self._allocate(tensor)
         self.read_parts([(name, (0,) * len(tensor.shape), memory)])
         return memory
+
+    def _allocate(self, tensor: ConvertedTensor) -> torch.Tensor:
+        """Memory for a tensor: always the same, since fresh pages cost as much as the copy."""
+        if not tensor.nbytes:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        if self._buffer.numel() < tensor.nbytes:
+            self._buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        return self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def read_value(self, name: str) -> Any:
         """A value of the target, which runs no code. Raises UntrustedPickleError, naming it."""
@@ -118,7 +131,7 @@ class ConvertedContents:
         return containers.rebuilt(state, lambda path: True, trusted=False)
 
     def report(self, *, values: int, left_out: Sequence[str] = ()) -> ConversionReport:
-        """What was converted, at the end."""
+        """The result, at the end."""
         tensors = self.tensors.values()
         return ConversionReport(
             tensors=len(tensors),

@@ -39,7 +39,7 @@ class MappedArchive:
         self._mapped: mmap.mmap | None = None
 
     def allocate(self, sizes: Mapping[str, int]) -> None:
-        """Give each tensor of so many bytes a place. Raises OSError if the disk is too small."""
+        """Give each tensor a place. sizes: in bytes. Raises OSError if the disk is too small."""
         places, end = place_tensors(list(sizes.values()))
         self._places = dict(zip(sizes, places, strict=True))
         self._keys = {}

@@ -1,7 +1,7 @@
 """Any checkpoint -> a safetensors file, or a folder of them with Hugging Face's index.
 
 A file gets its name, and a folder its index, when everything is written and synced; see
-`huggingface.file_names` for what a crash leaves in a folder.
+`huggingface.file_names` for the outcome of a crash in a folder.
 """
 
 from __future__ import annotations

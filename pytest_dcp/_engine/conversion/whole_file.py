@@ -1,4 +1,4 @@
-"""New files and folders that are complete, or do not exist; what all conversions do alike."""
+"""New files and folders that are complete, or do not exist; the shared parts of all conversions."""
 
 from __future__ import annotations
 

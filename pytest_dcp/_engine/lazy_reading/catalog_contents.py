@@ -50,6 +50,9 @@ KEPT_FILES = 256
 """Local files that one checkpoint keeps open: a process has 1,024 descriptors by default, and may
 open several checkpoints."""
 
+DATA_SUFFIXES = (".distcp", ".safetensors", ".tmp")
+"""Of files that only checkpoints write, in folders that may also hold configurations."""
+
 FileIdentity = tuple[int, ...]
 
 
@@ -133,6 +136,9 @@ class CatalogContents:
         self.bytes_needed += int(stored.nbytes.sum())
         self.bytes_read += stored.tally.read
 
+    def borrow_tensor(self, name: str) -> None:
+        """None: reads check what they read."""
+
     def read_value(self, name: str) -> Any:
         """The value of this name, which runs no code."""
         none = np.zeros((1, 0), dtype=np.int64)
@@ -162,6 +168,17 @@ class CatalogContents:
     def containers(self) -> str | None:
         """The description of the saved containers; None: plain ones."""
         return description_of(self._catalog.planner_data)
+
+    @property
+    def catalog(self) -> Catalog:
+        """Its index and checksums."""
+        return self._catalog
+
+    def find_stray_files(self) -> Sequence[str]:
+        """Files of the folder that the checkpoint does not name, but for hidden ones."""
+        own_files = set(self._catalog.places.files)
+        others = (name for name in self._folder.names() if name not in own_files)
+        return sorted(name for name in others if name.endswith(DATA_SUFFIXES))
 
     def close(self) -> None:
         """Close the files. Reads raise after that."""

@@ -1,4 +1,4 @@
-"""What an opened checkpoint needs of any format: names, facts, and bytes into given memory."""
+"""The operations of an open checkpoint of any format: names, facts, and bytes into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from pytest_dcp._engine.format.catalog import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,10 @@ class Contents(Protocol):
     def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
         """Fill the targets. Raises CheckpointCorruptError naming file, entry and offset."""
 
+    def borrow_tensor(self, name: str) -> torch.Tensor | None:
+        """A tensor that lies in mapped memory already, not to be changed; None if it must be
+        read."""
+
     def read_value(self, name: str) -> Any:
         """The value of this name, which runs no code. Raises UntrustedPickleError for one of
         another class than plain values have."""
@@ -88,6 +94,17 @@ class Contents(Protocol):
     @property
     def containers(self) -> str | None:
         """The description of the saved containers, see `plan.containers`; None: plain ones."""
+
+    @property
+    def missing_files(self) -> Sequence[str]:
+        """Data files that were not there at the opening."""
+
+    @property
+    def catalog(self) -> Catalog | None:
+        """Its index and checksums; None for a format that has none."""
+
+    def find_stray_files(self) -> Sequence[str]:
+        """Files beside the checkpoint's that it does not name."""
 
     def close(self) -> None:
         """Close the files. Reads raise after that."""

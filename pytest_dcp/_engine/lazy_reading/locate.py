@@ -139,7 +139,7 @@ def _describe_folder(names: Sequence[str], rank: int | None) -> str:
     if "metadata.pkl" in names:
         return "it was written by torch_checkpointing, whose metadata is a pickle: it is not read"
     if not names:
-        return "there are no files of this name or in this folder"
+        return "no files are there"
     return f"it has neither {METADATA} nor {SUFFIX} files, but {_show(sorted(names))}"
 
 

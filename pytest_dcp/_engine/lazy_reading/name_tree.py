@@ -21,7 +21,7 @@ class NameTree(Mapping[str, "Lazy | NameTree"]):
     """
 
     def __init__(self, names: Sequence[str], find: Callable[[str], Lazy], prefix: str = "") -> None:
-        """names: those that begin with the prefix. find: gives what has a full name."""
+        """names: with the prefix. find: returns the tensor or value of a full name."""
         self._find = find
         self._prefix = prefix
         self._below: dict[str, list[str]] = {}
@@ -80,7 +80,8 @@ def find_names(names: Sequence[str], pattern: str) -> list[str]:
 def find_nearest(names: Sequence[str], wrong: str) -> tuple[str, ...]:
     """The names that are spelled most like this one, the nearest first.
 
-    Of many names, those with the same last part are compared, or else those that begin alike.
+    Of many names, those with the same last part are compared, or else with the same
+    beginning.
 
     >>> find_nearest(["model.layers.0.weight", "model.layers.0.bias"], "layers.0.weight")
     ('model.layers.0.weight',)

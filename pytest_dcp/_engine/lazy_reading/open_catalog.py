@@ -15,7 +15,7 @@ from pytest_dcp._engine.lazy_reading.locate import Location
 from pytest_dcp._engine.storages.folder_metadata import read_catalog
 
 TRIES = 5
-"""A save that commits during each of so many openings is not a trainer's."""
+"""No trainer saves so often that a commit falls into each of these openings."""
 
 
 def open_catalog(location: Location, settings: ReadSettings, rank: int | None) -> CatalogContents:

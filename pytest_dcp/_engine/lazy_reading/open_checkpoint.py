@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from pytest_dcp._engine.format.catalog_comparison import find_equal_keys
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.local_disk import LocalDisk
@@ -37,6 +38,8 @@ from pytest_dcp._engine.lazy_reading.locate import (
 from pytest_dcp._engine.lazy_reading.name_tree import NameTree, find_names, find_nearest
 from pytest_dcp._engine.lazy_reading.open_catalog import open_catalog
 from pytest_dcp._engine.lazy_reading.torch_save_contents import TorchSaveContents
+from pytest_dcp._engine.plan.box_coverage import problems_of
+from pytest_dcp._engine.plan.boxes import volumes
 from pytest_dcp._engine.storages.folder_reader import checked_verify, reader_threads
 from pytest_dcp.errors import NotACheckpointError, UnknownNameError
 from pytest_dcp.tracebacks import drop_inner_frames
@@ -114,6 +117,11 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         """Fill the targets with parts of stored tensors."""
         self._contents.read_boxes(boxes)
 
+    def borrow_tensor(self, name: str) -> torch.Tensor | None:
+        """A tensor that lies in mapped memory already, not to be changed; None if it must be
+        read."""
+        return self._contents.borrow_tensor(name)
+
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this name."""
         return self._contents.path_of(name)
@@ -122,6 +130,39 @@ class OpenCheckpoint(Mapping[str, Lazy]):
     def containers(self) -> str | None:
         """The description of the saved containers, if not all are plain dicts and lists."""
         return self._contents.containers
+
+    @property
+    def missing_files(self) -> tuple[str, ...]:
+        """Data files that were not there when it was opened; tensors in them cannot be read."""
+        return tuple(self._contents.missing_files)
+
+    def find_stray_files(self) -> tuple[str, ...]:
+        """Data files in the folder that the checkpoint does not name: of other saves, or left by
+        one that ended early."""
+        return tuple(self._contents.find_stray_files())
+
+    def find_equal_names(self, other: OpenCheckpoint) -> list[str]:
+        """Names whose contents are the same in both, by their checksums alone.
+
+        Names that were cut into other shards, or have no checksums, are left open.
+        """
+        one, two = self._contents.catalog, other._contents.catalog
+        return [] if one is None or two is None else find_equal_keys(one, two)
+
+    def find_coverage_problems(self) -> list[str]:
+        """Tensors whose shards leave gaps, overlap or exceed them, in words."""
+        catalog = self._contents.catalog
+        return [] if catalog is None else problems_of(catalog.index, complete=True)
+
+    def count_without_checksums(self) -> int:
+        """Names with elements that no checksum covers."""
+        catalog = self._contents.catalog
+        if catalog is None:
+            return len(self)
+        bare = (catalog.places.first_sum[1:] == catalog.places.first_sum[:-1]) & (
+            (volumes(catalog.index.shape) > 0) | (catalog.index.ndim[catalog.index.key_of] < 0)
+        )
+        return len(set(catalog.index.key_of[bare].tolist()))
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,10 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
 class TorchSaveContents:
     """A state dict in a mapped file."""
 
+    missing_files: Sequence[str] = ()
+    catalog: None = None
+    """The file has no index."""
+
     def __init__(self, path: PathLike, *, weights_only: bool = True) -> None:
         self.bytes_read = self.bytes_needed = 0
         self.state_dict = read_torch_save(path, weights_only=weights_only)
@@ -103,6 +107,12 @@ class TorchSaveContents:
             self.bytes_needed += part.numel() * part.itemsize
             self.bytes_read += part.numel() * part.itemsize
 
+    def borrow_tensor(self, name: str) -> torch.Tensor | None:
+        """The tensor in the mapped file."""
+        self._check_open()
+        tensor: torch.Tensor = self._flat[name].detach()
+        return tensor
+
     def read_value(self, name: str) -> Any:
         """The value of this name."""
         self._check_open()
@@ -115,6 +125,10 @@ class TorchSaveContents:
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this value."""
         return self._paths[name]
+
+    def find_stray_files(self) -> Sequence[str]:
+        """None: the checkpoint is one file."""
+        return ()
 
     def close(self) -> None:
         """Drop the mapping. Reads raise after that."""

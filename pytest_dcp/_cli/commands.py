@@ -1,0 +1,307 @@
+"""The commands: `ls`, `show`, `verify`, `diff`, `convert`.
+
+Each opens its checkpoints, calls the engine, and prints the result.
+
+With `--json` the output is one JSON document. `exit_codes` says how a command ends. Names of
+checkpoints are printed without control characters, and no code of a checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from pytest_dcp._cli.exit_codes import FOUND, report_refusals
+from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
+from pytest_dcp._engine.conversion.to_dcp import to_dcp
+from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
+from pytest_dcp._engine.conversion.to_torch_save import to_torch_save
+from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
+from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
+from pytest_dcp._engine.lazy_reading.tensor_statistics import measure_tensor
+from pytest_dcp._engine.lazy_reading.verification import verify_checkpoint
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Look into checkpoints, check, compare and convert them. `pytest-dcp run SCRIPT` runs a "
+    "program that uses torch.distributed.checkpoint on pytest_dcp's engine.",
+    epilog="Exit codes: 0 fine; 1 differences or problems were found; 2 refused, one line on "
+    "stderr says why; 130 interrupted.",
+)
+Source = Annotated[str, typer.Argument(help="A folder, a file or a URL.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+SHOWN = 20
+"""Differences in a terminal."""
+
+
+class ListOrder(str, Enum):
+    """How `ls` sorts."""
+
+    stored = "stored"
+    name = "name"
+    size = "size"
+
+
+class TargetFormat(str, Enum):
+    """The formats that `convert` makes."""
+
+    dcp = "dcp"
+    safetensors = "safetensors"
+    torch = "torch"
+
+
+@app.command("ls")
+def list_names(
+    source: Source,
+    pattern: Annotated[str, typer.Option("--glob", help="Only names that it matches.")] = "*",
+    sort: Annotated[ListOrder, typer.Option(help="The order of the names.")] = ListOrder.stored,
+    top: Annotated[int, typer.Option(help="Only the first of them; 0: all.", min=0)] = 0,
+    tree: Annotated[bool, typer.Option("--tree", help="Names as a tree, with sums.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List names, dtypes, shapes, shards and bytes."""
+    with report_refusals(), open_checkpoint(source) as checkpoint:
+        found = [checkpoint[name] for name in checkpoint.glob(pattern)]
+        if sort is ListOrder.name:
+            found.sort(key=lambda lazy: lazy.name)
+        if sort is ListOrder.size:
+            found.sort(key=lambda lazy: -lazy.nbytes)
+        found = found[: top or None]
+        if as_json:
+            _print_json(_describe_checkpoint(checkpoint) | {"names": list(map(_describe, found))})
+        elif tree:
+            for line in _tree_lines(found):
+                print(line)
+        else:
+            rows = [(*lazy.table_row()[:4], show_bytes(lazy.nbytes)) for lazy in found]
+            console = Console(soft_wrap=not sys.stdout.isatty())
+            console.print(draw_table(("name", "dtype", "shape", "shards", "bytes"), rows, 2))
+
+
+@app.command("show")
+def show_name(
+    source: Source,
+    name: Annotated[str, typer.Argument(help="The flat name of a tensor or value.")],
+    as_json: Json = False,
+) -> None:
+    """Show a tensor's layout and statistics, or a value."""
+    with report_refusals(), open_checkpoint(source) as checkpoint:
+        lazy = checkpoint[name]
+        if not isinstance(lazy, LazyTensor):
+            value = lazy.value()
+            if as_json:
+                _print_json(_describe(lazy) | {"value": repr(value)})
+            else:
+                print(f"{plain_text(name)}: {plain_text(repr(value))}")
+            return
+        statistics = asdict(measure_tensor(lazy))
+        if as_json:
+            shards = [asdict(shard) for shard in lazy.shards]
+            _print_json(_describe(lazy) | {"layout": shards, "statistics": statistics})
+            return
+        console = Console()
+        print(f"{plain_text(name)}: {lazy.dtype} of {tuple(lazy.shape)}, {show_bytes(lazy.nbytes)}")
+        console.print(draw_layout(lazy.shape, lazy.shards))
+        histogram = statistics.pop("histogram")
+        rows = [(key, _show_number(value)) for key, value in statistics.items()]
+        console.print(draw_table(("statistic", "value"), rows, 1))
+        if histogram:
+            print(f"histogram  |{draw_histogram(histogram)}|")
+
+
+@app.command()
+def verify(source: Source, as_json: Json = False) -> None:
+    """Read and check every byte; the exit code is 1 if there are problems."""
+    with report_refusals(), open_checkpoint(source, verify="full") as checkpoint:
+        with _progress("checking", len(checkpoint), quiet=as_json) as report:
+            found = verify_checkpoint(checkpoint, report)
+        if as_json:
+            _print_json(_describe_checkpoint(checkpoint) | asdict(found))
+        else:
+            for problem in found.problems:
+                where = "" if problem.name is None else f"{plain_text(problem.name)}: "
+                print(f"{where}{plain_text(problem.text)}")
+            for stray in found.strays:
+                print(f"{plain_text(stray)}: a file that the checkpoint does not name")
+            state = f"{len(found.problems)} problems" if found.problems else "whole"
+            unchecked = f", {found.unchecked} without checksums" if found.unchecked else ""
+            print(f"{found.names} names{unchecked}, {show_bytes(found.bytes_read)} read: {state}")
+    if found.problems:
+        raise typer.Exit(FOUND)
+
+
+@app.command()
+def diff(
+    first: Source,
+    second: Source,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Read no data: compare by checksums alone.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare names, shapes, dtypes and elements; the exit code is 1 if they differ."""
+    with report_refusals(), open_checkpoint(first) as one, open_checkpoint(second) as other:
+        with _progress("comparing", len(one), quiet=as_json) as report:
+            found = compare_checkpoints(one, other, read=not checksums, report=report)
+        if as_json:
+            _print_json(asdict(found) | {"bytes_read": one.bytes_read + other.bytes_read})
+        else:
+            _print_lines("only in the first", found.only_in_first)
+            _print_lines("only in the second", found.only_in_second)
+            _print_lines("unknown without reading", found.unread)
+            for one_of in found.differing:
+                largest = "" if one_of.largest is None else f", by at most {one_of.largest:g}"
+                print(f"{plain_text(one_of.name)}: {plain_text(one_of.reason)}{largest}")
+            equal = found.equal_by_checksums + found.equal_by_reading
+            print(f"{equal} names equal, {len(found.differing)} differ")
+    if found or found.unread:
+        raise typer.Exit(FOUND)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[str, typer.Argument(help="The file or folder to make.")],
+    to: Annotated[
+        TargetFormat | None, typer.Option(help="The format, if the target's name does not show it.")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A name or pattern to take.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A name or pattern to omit.")] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(help="OLD=NEW, a name or a prefix that ends in a dot.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of all tensors of floating point.")] = None,
+    skip_values: Annotated[
+        bool, typer.Option("--skip-values", help="Leave Python values out of safetensors.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert to a folder of DCP, to safetensors (a file, or a folder), or to torch.save's file."""
+    with report_refusals():
+        options: dict[str, Any] = {
+            "include": include or None,
+            "exclude": exclude or None,
+            "rename": dict(map(_split_rename, rename)) if rename else None,
+            "dtype": _dtype(dtype),
+        }
+        kind = to or _kind_of(target)
+        if kind is TargetFormat.safetensors:
+            report = to_safetensors(source, target, skip_values=skip_values, **options)
+        elif kind is TargetFormat.torch:
+            report = to_torch_save(source, target, **options)
+        else:
+            report = to_dcp(source, target, **options)
+        if as_json:
+            _print_json(asdict(report) | {"target": target, "format": kind.value})
+        else:
+            left_out = f", {len(report.left_out)} values left out" if report.left_out else ""
+            print(
+                f"{plain_text(target)}: {report.tensors} tensors, {report.values} values, "
+                f"{show_bytes(report.nbytes)}{left_out}"
+            )
+
+
+def _kind_of(target: str) -> TargetFormat:
+    """The format that the name of a target asks for. Raises ValueError if it shows none."""
+    suffix = Path(target).suffix
+    if suffix == ".safetensors":
+        return TargetFormat.safetensors
+    if suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return TargetFormat.torch
+    raise ValueError(
+        f"{target!r} does not show a format: name it with --to dcp, safetensors or torch"
+    )
+
+
+def _split_rename(text: str) -> tuple[str, str]:
+    old, sign, new = text.partition("=")
+    if not sign or not old:
+        raise ValueError(f"--rename takes OLD=NEW, got {text!r}")
+    return old, new
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return None
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"--dtype takes the name of a dtype of torch, got {name!r}")
+    return found
+
+
+def _describe_checkpoint(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint.where,
+        "format": checkpoint.format,
+        "files": list(checkpoint.files),
+        "missing_files": list(checkpoint.missing_files),
+    }
+
+
+def _describe(lazy: Lazy) -> dict[str, Any]:
+    if not isinstance(lazy, LazyTensor):
+        return {"name": lazy.name, "kind": "value", "nbytes": lazy.nbytes}
+    return {
+        "name": lazy.name,
+        "kind": "tensor",
+        "dtype": str(lazy.dtype).removeprefix("torch."),
+        "shape": list(lazy.shape),
+        "shards": len(lazy.shards),
+        "nbytes": lazy.nbytes,
+    }
+
+
+def _tree_lines(found: list[Lazy]) -> Iterator[str]:
+    """Each part of the names once, with the bytes and the number of names below it."""
+    sums: dict[tuple[str, ...], list[int]] = {}
+    for lazy in found:
+        keys = tuple(lazy.name.split("."))
+        for depth in range(1, len(keys) + 1):
+            total = sums.setdefault(keys[:depth], [0, 0])
+            total[0] += lazy.nbytes
+            total[1] += 1
+    for path, (nbytes, count) in sums.items():
+        names = "" if count == 1 else f", {count} names"
+        indent = "  " * (len(path) - 1)
+        yield f"{indent}{plain_text(path[-1])}  ({show_bytes(nbytes)}{names})"
+
+
+def _print_lines(title: str, names: tuple[str, ...]) -> None:
+    for name in names[:SHOWN]:
+        print(f"{title}: {plain_text(name)}")
+    if len(names) > SHOWN:
+        print(f"{title}: {len(names) - SHOWN} more")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _show_number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+@contextmanager
+def _progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr if that is a terminal; called with each name."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda name: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda name: bar.advance(task)

@@ -1,0 +1,258 @@
+"""Times opening and converting checkpoints: ours, torch's and safetensors', alternating in one run.
+
+    python tests/benchmarks/bench_opened.py [--rounds N] [--only NAME]... [--quick] [--folder DIR]
+        [--out DIR] [--guide PAGE]
+
+One process. Every method of a case runs once, then once a round, in turn; times are medians, and
+only ratios within one run mean anything. The peak is the resident memory above that before the
+call, with mapped pages of files. Files are in the page cache. Conversions of ours sync their
+target before they return, which torch's and safetensors' do not.
+
+Needs the extra `test`.
+"""
+
+import argparse
+import ctypes
+import fnmatch
+import importlib
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_worlds
+import figures
+import numpy as np
+import table
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorProperties
+
+import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
+from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.plan.index import Index
+from pytest_dcp.checkpoint import convert
+
+torch_dcp: Any = importlib.import_module("torch.distributed.checkpoint")
+torch_formats: Any = importlib.import_module("torch.distributed.checkpoint.format_utils")
+
+ROUNDS = 5
+FILE_NAME = "bench_opened.json"
+MIB = 1 << 20
+NAME = "layers.7.weight"
+
+Method = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method of a case."""
+
+    case: str
+    method: str
+    ms: float
+    peak_mib: float
+    """Above the memory before the call."""
+
+
+def open_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
+    """Opening, and one part of a tensor."""
+    state = {f"layers.{n}.weight": torch.randn(256, 64) for n in range(1000 // scale)}
+    dcp.save(state, checkpoint_id=folder / "ours")
+    torch_dcp.save(state, checkpoint_id=folder / "torchs")
+    save_file(state, folder / "one.safetensors")
+
+    def ours(name: str) -> Method:
+        def run() -> object:
+            with dcp.open(folder / name) as opened:
+                lazy: Any = opened[NAME]
+                return lazy[10:20]
+
+        return run
+
+    def safetensors() -> object:
+        with safe_open(folder / "one.safetensors", "pt") as opened:
+            return opened.get_slice(NAME)[10:20]
+
+    def torchs(name: str) -> Method:
+        def run() -> object:
+            target = {NAME: torch.empty(256, 64)}
+            torch_dcp.load(target, checkpoint_id=folder / name, no_dist=True)
+            return target[NAME][10:20]
+
+        return run
+
+    yield (
+        f"open, ten rows of one of {len(state):,} tensors",
+        {
+            "ours, own checkpoint": ours("ours"),
+            "ours, torch's checkpoint": ours("torchs"),
+            "ours, safetensors": ours("one.safetensors"),
+            "safetensors": safetensors,
+            "torch, load of the tensor": torchs("torchs"),
+        },
+    )
+    chunks = 1000 * (1000 // scale)
+    write_large_index(folder / "large", chunks)
+
+    def large() -> object:
+        with dcp.open(folder / "large") as opened:
+            lazy: Any = opened["layers.3.weight"]
+            return lazy[3:5]
+
+    yield f"open, two rows in an index of {chunks:,} chunks", {"ours, own checkpoint": large}
+
+
+def write_large_index(folder: Path, chunks: int) -> None:
+    """A checkpoint of `chunks` rows of 16 elements, in tensors of 1,000 rows and in 16 files."""
+    keys, files = chunks // 1000, 16
+    data = np.arange(16, dtype=np.float32).tobytes()
+    frame = tensor_frame(torch.float32, (1, 16))
+    row = np.arange(chunks)
+    offset = np.stack([row % 1000, np.zeros_like(row)], axis=1)
+    index = Index(
+        fqns=tuple(f"layers.{n}.weight" for n in range(keys)),
+        property_of=np.zeros(keys, np.int32),
+        properties=(TensorProperties(torch.float32),),
+        ndim=np.full(keys, 2, np.int16),
+        size=np.tile(np.array([[1000, 16]]), (keys, 1)),
+        first=np.arange(keys + 1) * 1000,
+        offset=offset,
+        shape=np.tile(np.array([[1, 16]]), (chunks, 1)),
+    )
+    crc = metadata_file.crc32(data)
+    start = row // files * frame.length
+    places = EntryPlaces(
+        files=tuple(f"__{n}_0.distcp" for n in range(files)),
+        file=(row % files).astype(np.int32),
+        start=start,
+        length=np.full(chunks, frame.length),
+        data_start=start + len(frame.head),
+        data_nbytes=np.full(chunks, 64),
+        first_sum=np.arange(chunks + 1),
+        sums=np.full(chunks, crc, np.uint32),
+    )
+    folder.mkdir()
+    entries = (frame.head + data + frame.tail(crc)) * (chunks // files)
+    for name in places.files:
+        (folder / name).write_bytes(entries)
+    catalog = Catalog(index, places, storage_meta=StorageMeta(save_id="large"))
+    (folder / ".metadata").write_bytes(b"".join(metadata_file.encode(catalog)))
+
+
+def convert_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
+    """Conversions of 256 MiB."""
+    state = {f"layers.{n}.weight": torch.randn(1024, 1024 // scale) for n in range(64)}
+    dcp.save(state, checkpoint_id=folder / "source")
+    torch.save(state, folder / "source.pt")
+    mib = sum(tensor.nbytes for tensor in state.values()) // MIB
+
+    def load_and_save() -> None:
+        target = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+        torch_dcp.load(target, checkpoint_id=folder / "source", no_dist=True)
+        save_file(target, folder / "b.safetensors")
+
+    yield (
+        f"{mib} MiB, DCP to torch.save",
+        {
+            "ours": lambda: convert.to_torch_save(folder / "source", folder / "a.pt"),
+            "torch": lambda: torch_formats.dcp_to_torch_save(folder / "source", folder / "b.pt"),
+        },
+    )
+    yield (
+        f"{mib} MiB, torch.save to DCP",
+        {
+            "ours": lambda: convert.to_dcp(folder / "source.pt", folder / "a"),
+            "torch": lambda: torch_formats.torch_save_to_dcp(folder / "source.pt", folder / "b"),
+        },
+    )
+    yield (
+        f"{mib} MiB, DCP to safetensors",
+        {
+            "ours": lambda: convert.to_safetensors(folder / "source", folder / "a.safetensors"),
+            "torch's load, safetensors' save": load_and_save,
+        },
+    )
+
+
+def measure(case: str, methods: dict[str, Method], rounds: int) -> list[Row]:
+    """The medians of each method."""
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    peaks: dict[str, list[float]] = {name: [] for name in methods}
+    for run in methods.values():
+        run()
+    for _ in range(rounds):
+        for name, run in methods.items():
+            # Memory that was freed, and that the heap keeps, would hide the next peak.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+            before = _resident("VmRSS")
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+            peaks[name].append(max(0.0, _resident("VmHWM") - before))
+    return [
+        Row(case, name, statistics.median(times[name]), statistics.median(peaks[name]))
+        for name in methods
+    ]
+
+
+def _resident(field: str) -> float:
+    """MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument("--only", action="append", metavar="NAME", help="a pattern of cases")
+    parser.add_argument("--quick", action="store_true", help="small states, one round")
+    parser.add_argument("--folder", type=Path, help="where checkpoints go; default: a new one")
+    parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
+    figures.add_option(parser)
+    options = parser.parse_args(argv)
+    rounds, scale = (1, 16) if options.quick else (options.rounds, 1)
+    warnings.simplefilter("ignore")  # saves of one process, and overwriting, are intended here
+    work = Path(tempfile.mkdtemp(prefix="bench-opened-", dir=options.folder))
+    rows: list[Row] = []
+    try:
+        for cases in (open_cases, convert_cases):
+            for case, methods in cases(work, scale):
+                if any(fnmatch.fnmatch(case, one) for one in options.only or ["*"]):
+                    rows += measure(case, methods, rounds)
+    finally:
+        shutil.rmtree(work)
+    report = {
+        "environment": bench_worlds.environment(),
+        "quick": options.quick,
+        "opened": [asdict(row) for row in rows],
+    }
+    columns = ("case", "method", "ms", "peak, MiB")
+    cells = [[row.case, row.method, f"{row.ms:,.1f}", f"{row.peak_mib:,.1f}"] for row in rows]
+    table.show(Console(width=120), f"medians of {rounds} rounds", columns, cells)
+    folder = options.out or Path(tempfile.mkdtemp(prefix="bench-opened-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
+    print(folder / FILE_NAME)
+    if options.guide:
+        figures.update(options.guide, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
