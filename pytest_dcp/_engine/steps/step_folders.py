@@ -1,0 +1,199 @@
+"""The folders of a run's steps, on any disk: their names, their notes, their removal.
+
+    run/step-00000100/.metadata, *.distcp    the checkpoint, as `commit` describes it
+    run/step-00000100/step.json              its metrics and time, written before the save commits
+    run/step-00000100/removal.json           its removal has begun
+    run/latest.json                          the newest step that was saved
+
+A step is there from the moment at which its `.metadata` is, and gone when that is removed: nothing
+else decides. A removal first writes `removal.json`, then removes `.metadata`, then the other files,
+then the folder. So after a crash
+
+    before `.metadata` is gone    the step is whole, as before
+    after it                      the rest is no checkpoint; by the note the next removal knows that
+                                  no save is going on here, and ends its work
+
+`latest.json` helps where a listing may be out of date: a store may omit new objects from a listing
+for a while. It only adds a candidate; its loss costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pytest_dcp._engine.io.commit import METADATA
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
+
+STEP_NAME = re.compile(r"step-(\d{1,18})")
+NOTES = "step.json"
+REMOVAL = "removal.json"
+LATEST = "latest.json"
+MOST_NOTES_BYTES = 1 << 20
+
+
+def step_name(step: int) -> str:
+    """The folder's name; eight digits sort like numbers in a shell."""
+    return f"step-{step:08d}"
+
+
+def number_of(name: str) -> int | None:
+    """The step of a folder's name; None for a stranger's, as step-7 is."""
+    match = STEP_NAME.fullmatch(name)
+    step = int(match[1]) if match else -1
+    return step if step >= 0 and step_name(step) == name else None
+
+
+@dataclass(frozen=True, slots=True)
+class StepNotes:
+    """`step.json`."""
+
+    metrics: Mapping[str, float]
+    saved_at: datetime | None = None
+    """When its save began, by the coordinator's clock. Nothing is decided by it."""
+
+    def to_bytes(self) -> bytes:
+        """As JSON; numbers that JSON lacks are text."""
+        metrics = {k: v if math.isfinite(v) else str(v) for k, v in self.metrics.items()}
+        saved_at = None if self.saved_at is None else self.saved_at.isoformat()
+        return json.dumps({"metrics": metrics, "saved_at": saved_at}).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> StepNotes:
+        """Inverse of `to_bytes`; anything else than such notes is left out."""
+        with suppress(ValueError, TypeError, AttributeError):
+            raw = json.loads(data)
+            metrics = {}
+            for name, value in dict(raw.get("metrics") or {}).items():
+                with suppress(ValueError, TypeError):
+                    metrics[str(name)] = float(value)
+            saved_at = None
+            with suppress(ValueError, TypeError):
+                saved_at = datetime.fromisoformat(raw.get("saved_at"))
+            return StepNotes(metrics, saved_at)
+        return StepNotes({})
+
+
+class StepFolders:
+    """The folders of one run."""
+
+    def __init__(self, root: Folder, checkpoint_id: Any) -> None:
+        """checkpoint_id: the run's folder as a caller names it: a Path or a URL."""
+        self.root = root
+        self._checkpoint_id = checkpoint_id
+        self._own_steps: set[int] = set()
+        """Steps that this process has saved; a store's listing may lack them."""
+
+    def __str__(self) -> str:
+        return str(self._checkpoint_id)
+
+    def checkpoint_id(self, step: int) -> Any:
+        """The step's folder, as the verbs take it."""
+        if isinstance(self._checkpoint_id, Path):
+            return self._checkpoint_id / step_name(step)
+        return f"{str(self._checkpoint_id).rstrip('/')}/{step_name(step)}"
+
+    def folder(self, step: int) -> Folder:
+        """The step's folder."""
+        return self._below(step_name(step))
+
+    def numbers(self) -> list[int]:
+        """All steps of which there is a folder, ascending: whole or not."""
+        numbers = map(number_of, self._folder_names())
+        listed = {step for step in numbers if step is not None}
+        unlisted = (self._own_steps | self._latest()) - listed
+        return sorted(listed | {n for n in unlisted if self.folder(n).exists(METADATA)})
+
+    def note_start(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step's notes, before its save. An earlier removal of the step ends here."""
+        folder = self.folder(step)
+        folder.make()
+        folder.remove(REMOVAL)
+        notes = StepNotes(metrics, datetime.now(timezone.utc))
+        write_small(folder, NOTES, notes.to_bytes())
+
+    def note_end(self, step: int) -> None:
+        """Remember a step that was saved."""
+        self._own_steps.add(step)
+        write_small(self.root, LATEST, json.dumps({"step": step}).encode())
+
+    def notes(self, step: int) -> StepNotes:
+        """A step's notes; empty ones if it has none."""
+        return StepNotes.from_bytes(read_small(self.folder(step), NOTES))
+
+    def is_half_removed(self, step: int) -> bool:
+        """Whether the step's removal has begun, and it is no checkpoint any more."""
+        folder = self.folder(step)
+        return folder.exists(REMOVAL) and not folder.exists(METADATA)
+
+    def remove(self, step: int) -> None:
+        """Remove a step; readers that have opened its files go on reading, where files can."""
+        folder = self.folder(step)
+        self._own_steps.discard(step)
+        if folder.exists(METADATA):
+            write_small(folder, REMOVAL, b"{}")
+            with folder.between_leases(METADATA):
+                folder.remove(METADATA)
+            folder.sync()
+        for name in folder.names():
+            if name != REMOVAL:
+                folder.remove(name)
+        folder.remove(REMOVAL)
+        if isinstance(folder.disk, LocalDisk):
+            with suppress(OSError):  # a stranger's folder in it, or another job is there already
+                Path(folder.path).rmdir()
+        self.root.sync()
+
+    def _below(self, name: str) -> Folder:
+        path = self.root.path
+        below = path / name if isinstance(path, Path) else f"{str(path).rstrip('/')}/{name}"
+        return Folder(self.root.disk, below)
+
+    def _latest(self) -> set[int]:
+        with suppress(ValueError, TypeError, KeyError):
+            step = json.loads(read_small(self.root, LATEST))["step"]
+            return {step} if isinstance(step, int) and step >= 0 else set()
+        return set()
+
+    def _folder_names(self) -> list[str]:
+        disk, path = self.root.disk, self.root.path
+        if isinstance(disk, LocalDisk):
+            with suppress(FileNotFoundError):
+                return [entry.name for entry in Path(path).iterdir() if entry.is_dir()]
+            return []
+        fs: Any = getattr(disk, "fs", None)
+        with suppress(FileNotFoundError):
+            fs.invalidate_cache(path)
+            entries = fs.ls(path, detail=True)
+            names = [str(one["name"]) for one in entries if one["type"] == "directory"]
+            return [name.rstrip("/").rpartition("/")[2] for name in names]
+        return []
+
+
+def write_small(folder: Folder, name: str, content: bytes) -> None:
+    """Replace a small file in one step, durably."""
+    temporary = f"{name}.tmp" if folder.disk.renames else name
+    with folder.create(temporary) as out:
+        out.write([content])
+        out.sync()
+    if temporary != name:
+        folder.replace(temporary, name)
+        folder.sync()
+
+
+def read_small(folder: Folder, name: str) -> bytes:
+    """The bytes of a small file; none if it is missing or too large to be ours."""
+    with suppress(FileNotFoundError), folder.open(name) as file:
+        if file.size <= MOST_NOTES_BYTES:
+            content = bytearray(file.size)
+            count = file.read_into(0, memoryview(content))
+            return bytes(content[:count])
+    return b""
