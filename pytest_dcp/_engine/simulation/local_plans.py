@@ -34,7 +34,7 @@ shape; only shapes and dtypes are read, so they may be on the meta device."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalPlans:
-    """What the ranks send to the coordinator."""
+    """The messages of all ranks to the coordinator."""
 
     plans: list[SavePlan]
     value_bytes: list[Mapping[str, int]]

@@ -1,6 +1,6 @@
 """The data files of a simulated save: their names and lengths, and where each entry is.
 
-What a `FileSystemWriter` writes follows from the plan alone: an entry's length from dtype and
+The files of a `FileSystemWriter` follow from the plan alone: an entry's length from dtype and
 shape, the number of its checksums from its bytes, the file of each row from the rows' bytes. So a
 rank's `WriteColumns` can be made without the data; only the checksums themselves are zeros.
 
@@ -51,7 +51,7 @@ class EntrySizes:
 
 @dataclass(slots=True)
 class FilePlanner:
-    """Plans the files of one rank after the other; remembers what lookalikes share."""
+    """Plans the files of one rank after the other; shares the results of lookalikes."""
 
     rules: FileRules
     _sizes: dict[int, tuple[Ints, EntrySizes]] = field(default_factory=dict)

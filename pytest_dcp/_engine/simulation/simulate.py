@@ -1,7 +1,7 @@
 """A mesh, placements and a state -> a `Simulation` of one save, without ranks and without data.
 
 The code that plans is the real one: the default planner flattens the state and joins the plans
-(deduplication, balance, coverage), `verbs.save_messages` compresses what the ranks send each other,
+(deduplication, balance, coverage), `verbs.save_messages` compresses the messages,
 `format` measures entries, manifest and pickle. Made here, for all ranks at once, are only the
 tables that each rank would make of its own tensors (`rank_tables`), and the places to which it
 would write (`planned_files`). Tests compare both with real worlds.
@@ -165,7 +165,7 @@ class _Joined:
 
 
 class _WrittenRanks:
-    """Sums up what each rank writes, one after the other: all at once would take gigabytes."""
+    """Sums up the files of each rank, one after the other: all at once would take gigabytes."""
 
     def __init__(
         self, local: LocalPlans, joined: _Joined, rules: FileRules, listed: Collection[int]
@@ -180,7 +180,7 @@ class _WrittenRanks:
         self._values: dict[Hashable, object] = {}
 
     def results(self) -> Iterator[WriteResults]:
-        """What each rank would report to have written."""
+        """The write results of each rank."""
         ranks = zip(self._joined.plans, self._local.value_bytes, self._joined.checks, strict=True)
         for rank, (plan, value_bytes, checks) in enumerate(ranks):
             table = WriteItems.of(plan.items)
@@ -245,7 +245,7 @@ class _SimulatedSave:
         )
 
     def _join_plans(self) -> _Joined:
-        """What `Save` does on the coordinator in its step `plan`."""
+        """The coordinator's work in the step `plan` of `Save`."""
         comparison = Comparison(self.planner)
         plans, start_s = self.local.plans, time.perf_counter()
         joined, metadata = self.planner.create_global_plan(plans)
@@ -289,7 +289,7 @@ def _memory_bytes(
     manifest: int,
     pickled: int,
 ) -> int:
-    """What the coordinator holds at once: while it joins the plans, or while it commits."""
+    """The coordinator's memory: while it joins the plans, or while it commits."""
     plan, write = steps
     width = index.size.shape[1]
     messages = int(plan.to_coordinator.sum())

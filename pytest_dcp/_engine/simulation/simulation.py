@@ -44,7 +44,7 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorCost:
-    """What the save takes of the coordinator, rank 0."""
+    """The costs of the save on the coordinator, rank 0."""
 
     connections: int
     """Sockets to its peers, each open at the same time."""
@@ -112,7 +112,7 @@ class Simulation:
         return self.coordinator.plan_s + sent_s + written_s + metadata_s
 
     def problems(self, *, memory_bytes: int, open_files: int) -> list[str]:
-        """What would break or hurt in a coordinator with these limits, one sentence each.
+        """The limits that a coordinator would exceed, one sentence each.
 
         memory_bytes: of its machine. open_files: its hard limit (`ulimit -Hn`).
         """

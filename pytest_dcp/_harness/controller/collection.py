@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -15,10 +16,10 @@ from pytest_dcp._harness.controller.options import Options
 from pytest_dcp._harness.controller.session import HARNESS_KEY, Harness
 from pytest_dcp._harness.protocol.world_spec import (
     FAKE,
-    MAX_FAKE_SIZE,
-    MAX_WORLD_SIZE,
+    THREADED,
     MarkerValues,
     WorldSpec,
+    largest_size,
     read_marker,
     resolve,
 )
@@ -116,6 +117,8 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         return None, (f"cannot run a {type(item).__name__} in a world, only a test function",)
     if problem := _own_ranks_problem(item):
         return None, (problem,)
+    if problem := _threads_problem(item, values):
+        return None, (problem,)
     size, problem = _size_of(item, values)
     if problem:
         return None, (problem,)
@@ -125,6 +128,17 @@ def spec_of(item: pytest.Item, options: Options) -> tuple[WorldSpec | None, tupl
         defaults = replace(defaults, world_size=None)
     view = _parameter(item, "rank") if values.keywords.get("backend") == FAKE else None
     return resolve(values, size, defaults, view if isinstance(view, int) else 0)
+
+
+def _threads_problem(item: pytest.Function, values: MarkerValues) -> str:
+    """Why a test cannot be called in threads; empty if it can."""
+    if values.keywords.get("backend") != THREADED:
+        return ""
+    if item.cls is not None and issubclass(item.cls, unittest.TestCase):
+        return "with backend='threaded' is for test functions, not for methods of a TestCase"
+    if hasattr(item.obj, "hypothesis"):
+        return "with backend='threaded' cannot run a property: Hypothesis draws in one thread"
+    return ""
 
 
 def _own_ranks_problem(item: pytest.Function) -> str:
@@ -159,7 +173,7 @@ def _parameter(item: pytest.Function, name: str = "world_size") -> object:
 def _size_of(item: pytest.Function, values: MarkerValues) -> tuple[int, str]:
     size = _parametrized_size(item)
     if size is not None:
-        most = MAX_FAKE_SIZE if values.keywords.get("backend") == FAKE else MAX_WORLD_SIZE
+        most = largest_size(values.keywords)
         if not 1 <= size <= most:
             return 0, f"takes a size from 1 to {most}; the parametrization gave {size!r}"
         return size, ""

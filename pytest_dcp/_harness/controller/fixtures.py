@@ -92,6 +92,8 @@ def device_mesh(request: pytest.FixtureRequest) -> DeviceMesh:
 
     rank = _rank_of(request)
     order, group = rank.order, dist.group.WORLD
+    if order.threads:  # each thread makes its own when the test is called
+        return None  # type: ignore[return-value]
     if rank.mesh is not None and rank.mesh.group is group:
         shared: DeviceMesh = rank.mesh.mesh
         return shared
@@ -119,10 +121,10 @@ def world(request: pytest.FixtureRequest) -> RankWorld:
     from pytest_dcp._harness.rank.world_fixture import RankWorld
 
     rank = _rank_of(request)
-    if rank.order.fake_view is not None:
+    if rank.order.is_simulated:
         pytest.fail(
-            "the fixture 'world' is for ranks that meet: in a world with backend='fake' there is "
-            "one, and no other to meet, kill or pause",
+            "the fixture 'world' is for ranks in processes of their own: in a world with "
+            f"backend={rank.order.backend!r} there is one, and no other to meet, kill or pause",
             pytrace=False,
         )
     one = RankWorld(rank)

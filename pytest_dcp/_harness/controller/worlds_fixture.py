@@ -20,7 +20,7 @@ from pytest_dcp._harness.controller.session import Harness
 from pytest_dcp._harness.protocol.function_pickles import dump_call, load_from_rank
 from pytest_dcp._harness.protocol.messages import CallFunction, FaultAct
 from pytest_dcp._harness.protocol.world_spec import (
-    FAKE,
+    SIMULATED,
     WorldKeywords,
     WorldSpec,
     read_marker,
@@ -237,10 +237,10 @@ class Worlds:
         defaults = replace(self._harness.options.defaults, world_size=None)
         if values.is_list:
             raise pytest.UsageError(f"worlds(...) takes one size; got {size!r}")
-        if keywords.get("backend") == FAKE:
+        if (backend := keywords.get("backend")) in SIMULATED:
             raise pytest.UsageError(
-                "worlds(...) starts real ranks; a fake world is for the marker: "
-                f"world_size({size}, backend='fake')"
+                f"worlds(...) starts processes; backend={backend!r} is for the marker: "
+                f"world_size({size}, backend={backend!r})"
             )
         spec, problems = resolve(values, size, defaults)
         if spec is None:

@@ -89,18 +89,25 @@ class RankLaunch:
     """None: all ranks are on this machine, started by its controller."""
     fake_view: tuple[int, int] | None = None
     """In a fake world: the rank whose view this process runs, and the number of ranks."""
+    threads: int = 0
+    """In a world of threads: the number of ranks, all in this process."""
 
     @property
     def local_rank(self) -> int:
         """The rank's number among the world's ranks on its node."""
-        if self.place is None or self.fake_view is not None:
+        if self.place is None or self.is_simulated:
             return self.view[0]
         return self.place.local_rank
 
     @property
+    def is_simulated(self) -> bool:
+        """Whether the world's ranks are not processes."""
+        return self.fake_view is not None or self.threads > 0
+
+    @property
     def view(self) -> tuple[int, int]:
         """Rank and world size as the test sees them."""
-        return self.fake_view or (self.rank, self.size)
+        return self.fake_view or (self.rank, self.threads or self.size)
 
     @property
     def token(self) -> str:

@@ -16,7 +16,7 @@ Isolation = Literal["test", "module"]
 class WorldKeywords(TypedDict, total=False):
     """Keywords of the marker and of `worlds(...)` besides the size."""
 
-    backend: Literal["auto", "gloo", "nccl", "fake"]
+    backend: Literal["auto", "gloo", "nccl", "fake", "threaded"]
     device: Literal["auto", "cpu", "cuda"]
     mesh: list[int] | tuple[int, ...] | None
     mesh_dim_names: list[str] | tuple[str, ...] | None
@@ -33,6 +33,11 @@ FAKE = "fake"
 """The backend of torch's FakeProcessGroup: one process runs one rank's view of the world."""
 NO_GROUP = "none"
 """The backend of ranks that join no process group: they run code that makes its own."""
+THREADED = "threaded"
+"""The backend of torch's groups of threads: each rank is a thread of one process."""
+MAX_THREADS = 64
+SIMULATED = (FAKE, THREADED)
+"""Backends whose ranks are not processes."""
 MAX_WORLD_SIZE = 1024
 """A larger world on one machine is a typing error: each rank is a process."""
 MAX_FAKE_SIZE = 1 << 17
@@ -44,9 +49,9 @@ class WorldSpec:
     """One world, ready to launch."""
 
     size: int
-    """Number of processes, >= 1, each of them a rank; one for a fake world."""
+    """Number of processes, >= 1, each of them a rank; one for worlds that are `SIMULATED`."""
     backend: str
-    """gloo, nccl or fake; `NO_GROUP` for none."""
+    """gloo, nccl, fake or threaded; `NO_GROUP` for none."""
     device: str
     """cpu or cuda."""
     mesh: tuple[int, ...]
@@ -58,6 +63,8 @@ class WorldSpec:
     """test: new ranks for every test; module: the tests of a module share ranks."""
     fake_view: tuple[int, int] | None = None
     """Of a fake world: the rank whose view its one process runs, and the number of ranks."""
+    threads: int = 0
+    """Of a world of threads: the number of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,7 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
         values = args[0] if isinstance(args[0], list | tuple) else (args[0],)
         if is_list and not values:
             problems.append("was given an empty list of sizes")
-    most = MAX_FAKE_SIZE if kwargs.get("backend") == FAKE else MAX_WORLD_SIZE
+    most = largest_size(kwargs)
     sizes = [size for size in values if _check_size(size, most, problems)]
     if is_list and len(set(sizes)) != len(sizes):
         problems.append(f"lists a size twice: {list(values)!r}")
@@ -106,6 +113,12 @@ def read_marker(args: Sequence[object], kwargs: Mapping[str, object]) -> MarkerV
     ]
     problems += _keyword_problems(kwargs)
     return MarkerValues(tuple(sizes), is_list, dict(kwargs), tuple(problems))  # type: ignore[arg-type]  # _check_size let only ints through
+
+
+def largest_size(keywords: Mapping[str, object]) -> int:
+    """The most ranks that a world of these keywords may have."""
+    backend = keywords.get("backend")
+    return {FAKE: MAX_FAKE_SIZE, THREADED: MAX_THREADS}.get(str(backend), MAX_WORLD_SIZE)
 
 
 def _check_size(size: object, most: int, problems: list[str]) -> bool:
@@ -121,14 +134,15 @@ def _check_size(size: object, most: int, problems: list[str]) -> bool:
 def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
     problems = []
     backend = kwargs.get("backend", "auto")
-    if backend not in (*BACKENDS, FAKE):
-        problems.append(f"backend= takes one of {', '.join((*BACKENDS, FAKE))}; got {backend!r}")
+    if backend not in (*BACKENDS, *SIMULATED):
+        choices = ", ".join((*BACKENDS, *SIMULATED))
+        problems.append(f"backend= takes one of {choices}; got {backend!r}")
     device = kwargs.get("device", "auto")
     if device not in ("auto", "cpu", "cuda"):
         problems.append(f"device= takes auto, cpu or cuda; got {device!r}")
     if backend == "nccl" and device == "cpu":
         problems.append("backend='nccl' needs device='cuda'; got device='cpu'")
-    problems += _fake_problems(kwargs)
+    problems += _simulation_problems(kwargs)
     isolation = kwargs.get("isolation", "test")
     if isolation not in get_args(Isolation):
         problems.append(f"isolation= takes test or module; got {isolation!r}")
@@ -138,20 +152,19 @@ def _keyword_problems(kwargs: Mapping[str, object]) -> list[str]:
     return problems + _mesh_problems(kwargs)
 
 
-def _fake_problems(kwargs: Mapping[str, object]) -> list[str]:
-    """Problems with the keywords of a fake world."""
-    ranks = kwargs.get("ranks")
-    if kwargs.get("backend") != FAKE:
-        if ranks is None:
-            return []
-        return ["ranks= chooses views of a world with backend='fake'; a real one runs all ranks"]
-    problems = []
-    if kwargs.get("device") == "cuda":
-        problems.append("backend='fake' needs device='cpu'; got device='cuda'")
-    if kwargs.get("isolation") == "module":
-        problems.append("backend='fake' runs each view alone, without isolation='module'")
-    if ranks is not None and not _are_ranks(ranks):
+def _simulation_problems(kwargs: Mapping[str, object]) -> list[str]:
+    """Problems with the keywords of a world whose ranks are not processes."""
+    backend, ranks, problems = kwargs.get("backend"), kwargs.get("ranks"), []
+    if ranks is not None and backend != FAKE:
+        problems.append("ranks= chooses views of a world with backend='fake'; others run all ranks")
+    elif ranks is not None and not _are_ranks(ranks):
         problems.append(f"ranks= takes different ranks, such as [0, 513]; got {ranks!r}")
+    if backend not in SIMULATED:
+        return problems
+    if kwargs.get("device") == "cuda":
+        problems.append(f"backend={backend!r} needs device='cpu'; got device='cuda'")
+    if kwargs.get("isolation") == "module":
+        problems.append(f"backend={backend!r} runs each test alone, without isolation='module'")
     return problems
 
 
@@ -220,7 +233,7 @@ def resolve(
     )
     timeout = keywords.get("timeout", defaults.timeout_s)
     spec = WorldSpec(
-        size=1 if fake else size,
+        size=1 if keywords.get("backend") in SIMULATED else size,
         backend=backend,
         device=device,
         mesh=mesh,
@@ -228,6 +241,7 @@ def resolve(
         timeout_s=_seconds(timeout),
         isolation="module" if keywords.get("isolation") == "module" else "test",
         fake_view=(view, size) if fake else None,
+        threads=size if keywords.get("backend") == THREADED else 0,
     )
     return spec, ()
 

@@ -143,7 +143,7 @@ def _boot(rank: Rank) -> bool:
 def environment(order: RankLaunch) -> dict[str, str]:
     """The standard variables of torch's launchers. Pure (no I/O)."""
     rank, size = order.view
-    outer = order.place if order.fake_view is None else None
+    outer = None if order.is_simulated else order.place
     place = outer or OuterPlace(rank, size, 0, LOOPBACK)
     return {
         "RANK": str(rank),
@@ -178,6 +178,8 @@ def _init_process_group(order: RankLaunch) -> None:
 
         join_fake_world(*order.fake_view)
         return
+    if order.threads:
+        return  # each thread joins when the test is called
     device = torch.device(order.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -232,6 +232,20 @@ class RankPlugin:
         )
         return self._verdicts.judge(item, phase, call)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
+        """In a world of threads, call the test in all of them."""
+        __tracebackhide__ = True
+        order = self.rank.order
+        if not order.threads:
+            return None
+        from pytest_dcp._harness.rank.threaded_world import call_in_threads
+
+        names = fixtures_of(pyfuncitem).argnames
+        arguments = {name: pyfuncitem.funcargs[name] for name in names}
+        call_in_threads(order, pyfuncitem.obj, arguments)
+        return True
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, object, object]:
         """Drop a mesh of a process group that an earlier test has replaced."""

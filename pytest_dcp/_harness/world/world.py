@@ -337,6 +337,7 @@ class World:
             isolation=spec.isolation,
             basetemp=str(self._settings.folder / f"world{self.number}-rank{rank}"),
             fake_view=spec.fake_view,
+            threads=spec.threads,
         )
 
     @contextlib.contextmanager

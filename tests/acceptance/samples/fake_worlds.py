@@ -45,7 +45,7 @@ def test_a_parametrization_chooses_views(rank):
 
 
 @pytest.mark.world_size(4, backend="fake", ranks=[2])
-def test_the_world_fixture_has_nobody_to_meet(world):
+def test_the_world_fixture_has_no_peers(world):
     pass
 
 

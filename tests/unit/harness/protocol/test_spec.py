@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pytest_dcp._harness.protocol.world_spec import (
     KEYWORDS,
     MAX_FAKE_SIZE,
+    MAX_THREADS,
     MAX_WORLD_SIZE,
     Defaults,
     WorldSpec,
@@ -54,7 +55,7 @@ def test_a_marker_without_a_size_is_right_and_leaves_the_size_open() -> None:
 @pytest.mark.parametrize(
     ("keyword", "values"),
     [
-        ("backend", ["auto", "gloo", "nccl", "fake"]),
+        ("backend", ["auto", "gloo", "nccl", "fake", "threaded"]),
         ("device", ["auto", "cpu", "cuda"]),
         ("isolation", ["test", "module"]),
         ("timeout", [None, 0, 1, 0.5, math.inf]),
@@ -395,7 +396,7 @@ def test_a_real_world_has_no_view() -> None:
         ({"backend": "fake", "ranks": 3}, "ranks= takes different ranks"),
         ({"backend": "fake", "device": "cuda"}, "backend='fake' needs device='cpu'"),
         ({"backend": "fake", "isolation": "module"}, "without isolation='module'"),
-        ({"backend": "mpi"}, "backend= takes one of auto, gloo, nccl, fake"),
+        ({"backend": "mpi"}, "backend= takes one of auto, gloo, nccl, fake, threaded"),
     ],
 )
 def test_wrong_keywords_of_a_fake_world_give_one_problem(
@@ -416,3 +417,25 @@ def test_a_fake_world_may_be_larger_than_a_real_one() -> None:
     assert read_marker((MAX_FAKE_SIZE,), {"backend": "fake"}).problems == ()
     (problem,) = read_marker((MAX_FAKE_SIZE + 1,), {"backend": "fake"}).problems
     assert str(MAX_FAKE_SIZE) in problem
+
+
+# Worlds of threads.
+
+
+def test_a_world_of_threads_has_one_process() -> None:
+    spec = resolved(4, backend="threaded", mesh=(2, 2))
+    assert (spec.size, spec.threads, spec.fake_view, spec.device) == (1, 4, None, "cpu")
+    assert resolved(4).threads == 0
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"device": "cuda"}, {"isolation": "module"}, {"ranks": [0]}],
+)
+def test_wrong_keywords_of_a_world_of_threads_give_one_problem(keywords: dict[str, object]) -> None:
+    assert len(read_marker((4,), {"backend": "threaded", **keywords}).problems) == 1
+
+
+def test_threads_are_few() -> None:
+    (problem,) = read_marker((MAX_THREADS + 1,), {"backend": "threaded"}).problems
+    assert str(MAX_THREADS) in problem
