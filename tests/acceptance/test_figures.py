@@ -53,7 +53,14 @@ HARDENING = {
     "environment": WHERE,
     "sections": {"peers": [{"peers": 4096, "join_ms": 1028.4, "met": True}], "floods": []},
 }
-PLACES = ("worlds", "worlds-targets", "examples", "engine", "state-dicts", "hardening-peers", "own")
+SIMULATION = {
+    "environment": WHERE,
+    "simulation": [{"ranks": 16384, "plan_s": 21.34, "met": True}],
+}
+PLACES = (
+    *("worlds", "worlds-targets", "examples", "engine", "state-dicts", "hardening-peers"),
+    *("simulation", "own"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     (folder / "page.md").write_text(text + "The end.\n")
     runs = []
-    for number, document in enumerate((WORLDS, ENGINE, STATE_DICTS, HARDENING)):
+    for number, document in enumerate((WORLDS, ENGINE, STATE_DICTS, HARDENING, SIMULATION)):
         runs.append(folder / f"{number}.json")
         runs[-1].write_text(json.dumps(document))
     command = [sys.executable, str(COMMAND), *map(str, runs), "--guide", str(folder / "page.md")]
@@ -83,6 +90,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("engine", "| load | disk | bytes read | - | - | 1 | >= 1.01 | no |"),
         ("state-dicts", "| get | 94.0 | 30.4 | 3.1x |"),
         ("hardening-peers", "| 4,096 | 1,028 | yes |"),
+        ("simulation", "| 16,384 | 21.3 | yes |"),
     ],
 )
 def test_a_run_becomes_the_tables_of_its_sections(page: str, name: str, row: str) -> None:

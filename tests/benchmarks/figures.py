@@ -1,8 +1,9 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
 Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict`,
-`bench_opened` and `bench_hardening` write. Leaves: Markdown tables by the names of their sections.
-A page has a place for each section that it shows, and everything between its two lines is replaced:
+`bench_opened`, `bench_hardening` and `bench_simulation` write. Leaves: Markdown tables by the names
+of their sections. A page has a place for each section that it shows, and everything between its two
+lines is replaced:
 
     <!-- figures: worlds -->
     <!-- end of figures -->
@@ -74,6 +75,8 @@ def sections(document: Document) -> dict[str, str]:
             for name, rows in document["sections"].items()
             if rows
         }
+    elif "simulation" in document:
+        found = {"simulation": _hardening(document["simulation"])}
     elif "peaks" in document:
         found = _state_dicts(document)
     elif "adopted" in document:
