@@ -40,4 +40,5 @@ def names(pattern: str, nodeid: str) -> bool:
     False
     """
     begins = nodeid.startswith((f"{pattern}::", f"{pattern}[", f"{pattern.rstrip('/')}/"))
-    return begins or fnmatchcase(nodeid, pattern)
+    # Brackets are wildcards in a pattern, and those of a parametrised test in a node id.
+    return begins or nodeid == pattern or fnmatchcase(nodeid, pattern)
