@@ -179,6 +179,8 @@ def test_one_rank_that_skips_is_no_skip(of_torch: SessionResult) -> None:
         ("test_waits_in_vain", FAILED),
         ("test_terminates_its_own", PASSED),
         ("test_process_by_default", FAILED),
+        ("test_method_of_an_object", FAILED),
+        ("test_process_with_a_run_of_its_own", FAILED),
         ("test_closure", PASSED),
         ("test_without_processes", PASSED),
     ],
@@ -204,6 +206,8 @@ def test_a_spawned_failure_is_shown_as_that_of_a_marked_test(of_processes: Sessi
         ("test_only_the_first_exit_code_is_looked_at", "rank 1: exited with code 5"),
         ("test_waits_in_vain", "rank 0: exited with code 6"),
         ("test_process_by_default", "rank 0: exited with code 8"),
+        ("test_method_of_an_object", "rank 0: AssertionError: assert 2 == 1"),
+        ("test_process_with_a_run_of_its_own", "rank 0: ValueError: in checker"),
     ],
 )
 def test_a_failure_that_the_test_swallows_names_the_process(

@@ -63,14 +63,15 @@ def _hook(original: Callable[[Any], Any], current: CurrentTest, kind: str) -> Ca
         test = current()
         if test is None or threading.current_thread() is not threading.main_thread():
             return original(process)
-        target = (process._target, process._args, process._kwargs)
+        target = target_of(process)
         daemon = bool(process.daemon)
         if test.gathering is not None and not test.gathering.is_full:
             return test.gathering.add(call_for(test, target, process.name), daemon=daemon)
         function = function_of(process)
         if function is None or not is_of_suite(function, test.item):
             return original(process)
-        if not is_importable(function):
+        # A spawned process must be picklable anyway; a forked one may run anything.
+        if kind == "ForkProcess" and not is_importable(function):
             _warn(test, function, "it is no function at the top level of a module")
             return original(process)
         try:
@@ -92,10 +93,17 @@ def call_for(test: RunningTest, target: Any, name: str) -> Any:
     return call_of(target, name, port=test.port)
 
 
-def function_of(process: Any) -> Callable[..., Any] | None:
-    """The function of the suite that a process runs; None for a process with a `run` of its own."""
+def target_of(process: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The function that a process runs, with its arguments; for a class of its own its `run`."""
     if type(process).run is not BaseProcess.run:
-        return None
+        return type(process).run, (process,), {}
+    return process._target, process._args, process._kwargs
+
+
+def function_of(process: Any) -> Callable[..., Any] | None:
+    """The function of the suite that a process runs; None for none."""
+    if type(process).run is not BaseProcess.run:
+        return type(process).run  # type: ignore[no-any-return]  # of a class of the suite
     target: Callable[..., Any] | None = process._target
     if (getattr(target, "__module__", ""), getattr(target, "__name__", "")) == SPAWN_WRAPPER:
         return process._args[0]  # type: ignore[no-any-return]  # as `mp.spawn` makes it
@@ -149,7 +157,9 @@ def spawn_hook(original: Callable[..., Any], current: CurrentTest) -> Callable[.
     ) -> Any:
         __tracebackhide__ = True
         test = current()
-        is_ours = test is not None and is_of_suite(fn, test.item) and is_importable(fn)
+        method = keywords.get("start_method", rest[2] if len(rest) > 2 else "spawn")
+        is_sent = method != "fork" or is_importable(fn)
+        is_ours = test is not None and is_sent and is_of_suite(fn, test.item)
         if test is None or not is_ours or nprocs < 1:
             return original(fn, args, nprocs, *rest, **keywords)
         join = keywords.pop("join", rest[0] if rest else True)

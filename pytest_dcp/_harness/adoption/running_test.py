@@ -57,7 +57,7 @@ class RunningTest:
     def time_left_s(self) -> float:
         """How long processes that begin now may run, in seconds."""
         spent_s = time.monotonic() - self._began_s if self._began_s else 0.0
-        return max(0.0, self._limit_s - spent_s)
+        return max(0.0, round(self._limit_s - spent_s, 1))
 
     # Processes.
 

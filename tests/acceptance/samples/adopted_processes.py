@@ -46,6 +46,16 @@ def say_something(connection: object) -> None:
     connection.send("something")
 
 
+class Checker:
+    def check(self, value: int) -> None:
+        assert value == 1
+
+
+class CheckingProcess(multiprocessing.get_context("spawn").Process):
+    def run(self) -> None:
+        raise ValueError(f"in {self.name}")
+
+
 def processes(function: object, *args: object, count: int = 2) -> list[object]:
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=function, args=(rank, *args)) for rank in range(count)]
@@ -141,6 +151,19 @@ def test_terminates_its_own() -> None:
 
 def test_process_by_default() -> None:
     process = multiprocessing.Process(target=exit_in_one, args=(1, 8))
+    process.start()
+    process.join()
+
+
+def test_method_of_an_object() -> None:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=Checker().check, args=(2,))
+    process.start()
+    process.join()
+
+
+def test_process_with_a_run_of_its_own() -> None:
+    process = CheckingProcess(name="checker")
     process.start()
     process.join()
 
