@@ -93,10 +93,6 @@ class ConvertedContents:
     def read_whole(self, name: str) -> torch.Tensor:
         """A full tensor of the target; the next call may use its memory again."""
         tensor = self.tensors[name]
-        if tensor.dtype == tensor.stored_dtype:
-            mapped = self.checkpoint.borrow_tensor(tensor.source)
-            if mapped is not None:
-                return mapped
         memory = self._allocate(tensor)
         self.read_parts([(name, (0,) * len(tensor.shape), memory)])
         return memory

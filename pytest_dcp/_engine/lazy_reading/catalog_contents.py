@@ -32,6 +32,7 @@ from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_items
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
+from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.plan.boxes import pad_rows, volumes
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.containers import description_of
@@ -84,7 +85,7 @@ class CatalogContents:
             self._open_files = OpenFiles(folder.disk, folder.path, most=KEPT_FILES)
             self._folder = Folder(self._open_files, folder.path)
             self._keep_files(self._open_files)
-        self._is_closed = False
+        self._closing = DelayedClose(str(folder), self._close_files)
 
     @property
     def names(self) -> Sequence[str]:
@@ -136,9 +137,6 @@ class CatalogContents:
         self.bytes_needed += int(stored.nbytes.sum())
         self.bytes_read += stored.tally.read
 
-    def borrow_tensor(self, name: str) -> None:
-        """None: reads check what they read."""
-
     def read_value(self, name: str) -> Any:
         """The value of this name, which runs no code."""
         none = np.zeros((1, 0), dtype=np.int64)
@@ -181,11 +179,8 @@ class CatalogContents:
         return sorted(name for name in others if name.endswith(DATA_SUFFIXES))
 
     def close(self) -> None:
-        """Close the files. Reads raise after that."""
-        self._is_closed = True
-        self._identities.clear()
-        if self._open_files is not None:
-            self._open_files.close()
+        """Close the files. Later reads raise."""
+        self._closing.close()
 
     def is_replaced(self) -> bool:
         """Whether the folder's checkpoint is another save's than the one opened."""
@@ -213,6 +208,11 @@ class CatalogContents:
             else:
                 if isinstance(file, LocalIn):
                     self._identities[name] = file, _identity(os.fstat(file.fd))
+
+    def _close_files(self) -> None:
+        self._identities.clear()
+        if self._open_files is not None:
+            self._open_files.close()
 
     def _part(self, names: Sequence[str]) -> Catalog:
         row_of = self._catalog.index.row_of
@@ -245,19 +245,18 @@ class CatalogContents:
     @contextlib.contextmanager
     def _noticing_a_replacement(self, names: Sequence[str]) -> Iterator[Catalog]:
         """Read inside from the catalog of these names; raises if the save is no longer there."""
-        if self._is_closed:
-            raise ValueError(f"the checkpoint in {self._folder} was closed")
-        part = self._part(names)
-        try:
-            yield part
-        except CheckpointFileMissingError as error:
-            if self.is_replaced():
-                raise self.replaced_error() from error
-            raise
-        numbers = np.unique(part.places.file)
-        used = [part.places.files[n] for n in numbers[numbers >= 0].tolist()]
-        if not all(map(self._is_unchanged, used)):
-            raise self.replaced_error()
+        with self._closing.keep_open():
+            part = self._part(names)
+            try:
+                yield part
+            except CheckpointFileMissingError as error:
+                if self.is_replaced():
+                    raise self.replaced_error() from error
+                raise
+            numbers = np.unique(part.places.file)
+            used = [part.places.files[n] for n in numbers[numbers >= 0].tolist()]
+            if not all(map(self._is_unchanged, used)):
+                raise self.replaced_error()
 
     def _is_unchanged(self, name: str) -> bool:
         """Whether a file that is kept open is as it was at the opening."""

@@ -77,10 +77,6 @@ class Contents(Protocol):
     def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
         """Fill the targets. Raises CheckpointCorruptError naming file, entry and offset."""
 
-    def borrow_tensor(self, name: str) -> torch.Tensor | None:
-        """A tensor that lies in mapped memory already, not to be changed; None if it must be
-        read."""
-
     def read_value(self, name: str) -> Any:
         """The value of this name, which runs no code. Raises UntrustedPickleError for one of
         another class than plain values have."""

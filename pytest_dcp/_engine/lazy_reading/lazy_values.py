@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -64,11 +64,14 @@ class LazyTensor:
 
     def numpy(self) -> NDArray[Any]:
         """The full tensor as an array. Raises TypeError for dtypes that NumPy does not have."""
-        if self.dtype in WITHOUT_NUMPY:
+        try:
+            torch.empty(0, dtype=self.dtype).numpy()
+        except TypeError as error:
+            wider = torch.complex64 if self.dtype.is_complex else torch.float32
             raise TypeError(
                 f"{self.name!r} is {self.dtype}, which NumPy does not have: "
-                "use tensor(dtype=torch.float32).numpy()"
-            )
+                f"use tensor(dtype={wider}).numpy()"
+            ) from error
         array: NDArray[Any] = self.tensor().numpy()
         return array
 
@@ -83,6 +86,9 @@ class LazyTensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self.numpy(), dtype=dtype)
+
+    def __reduce__(self) -> NoReturn:
+        raise unpicklable(self)
 
     def __repr__(self) -> str:
         count = len(self.shards)
@@ -123,6 +129,8 @@ def allocate_target(
 ) -> torch.Tensor:
     """Memory for a part of a stored tensor. Raises CheckpointCorruptError if there is not enough:
     a damaged index can name any size."""
+    if device is not None:
+        torch.empty(0, device=device)  # A wrong device is no fault of the checkpoint.
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
@@ -131,12 +139,12 @@ def allocate_target(
         ) from error
 
 
-WITHOUT_NUMPY = frozenset(
-    {
-        *(torch.bfloat16, torch.complex32, torch.float8_e4m3fn, torch.float8_e4m3fnuz),
-        *(torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
-    }
-)
+def unpicklable(value: object) -> TypeError:
+    """The error of an attempt to pickle a checkpoint or a part of it: its files are open here."""
+    return TypeError(
+        f"a {type(value).__name__} has open files, and cannot be pickled: pass the path, and open "
+        "it where it is read"
+    )
 
 
 class LazyValue:
@@ -159,6 +167,9 @@ class LazyValue:
     def table_row(self) -> tuple[str, ...]:
         """As a tensor's."""
         return self.name, "value", "", "", f"{self.nbytes:,}"
+
+    def __reduce__(self) -> NoReturn:
+        raise unpicklable(self)
 
     def __repr__(self) -> str:
         return f"<{self.name!r}: a value of {self.nbytes} bytes>"

@@ -55,6 +55,8 @@ def locate_checkpoint(
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a checkpoint is opened by its path or URL, got {type(path).__name__}")
     name = os.fspath(path)
+    if not name:
+        raise FileNotFoundError("no checkpoint: the path is empty")
     follows = follow_links is not False
     if isinstance(path, str) and "://" in path:
         folder, file = _locate_url(name, follows, storage_options)
@@ -62,6 +64,10 @@ def locate_checkpoint(
         folder, file = _locate_path(name, follows)
     if file is not None and file in (INDEX_NAME, metadata_name(rank)):
         file = None
+    if file is not None and file.endswith(DATA_SUFFIX):
+        raise NotACheckpointError(
+            f"{name} is a data file of the checkpoint in its folder: open the folder"
+        )
     if file is not None:
         return Location(folder, file, _format_of_file(folder, file))
     kind = _format_of_folder(folder, name, rank)

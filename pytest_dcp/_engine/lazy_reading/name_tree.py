@@ -52,7 +52,7 @@ class NameTree(Mapping[str, "Lazy | NameTree"]):
         for key, names in self._below.items():
             leaf = self._is_leaf(key)
             count = "" if leaf else f"  ({len(names)} name{'' if len(names) == 1 else 's'})"
-            yield f"{'  ' * depth}{key}{count}"
+            yield f"{'  ' * depth}{_show(key)}{count}"
             if not leaf and depth < 1:
                 inner = self[key]
                 if isinstance(inner, NameTree):
@@ -65,6 +65,11 @@ class NameTree(Mapping[str, "Lazy | NameTree"]):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self._below)
+
+
+def _show(key: str) -> str:
+    """A key for a terminal: a name from a file may hold escape codes, or line ends."""
+    return key if key.isprintable() else repr(key)
 
 
 def find_names(names: Sequence[str], pattern: str) -> list[str]:

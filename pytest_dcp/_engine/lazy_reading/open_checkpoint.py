@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,7 +28,13 @@ from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, Contents
 from pytest_dcp._engine.lazy_reading.html import ROWS, draw_checkpoint
-from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor, LazyValue, allocate_target
+from pytest_dcp._engine.lazy_reading.lazy_values import (
+    Lazy,
+    LazyTensor,
+    LazyValue,
+    allocate_target,
+    unpicklable,
+)
 from pytest_dcp._engine.lazy_reading.locate import (
     Format,
     Location,
@@ -78,6 +84,9 @@ class OpenCheckpoint(Mapping[str, Lazy]):
     def __enter__(self) -> OpenCheckpoint:
         return self
 
+    def __reduce__(self) -> NoReturn:
+        raise unpicklable(self)
+
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -103,6 +112,8 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         dtype: of the results; None: as stored. Raises UnknownNameError, and TypeError for the name
         of a value.
         """
+        if isinstance(names, str):
+            raise TypeError(f"read takes several names, got one str: read([{names!r}])")
         boxes = []
         for name in dict.fromkeys(names):
             lazy = self[name]
@@ -116,11 +127,6 @@ class OpenCheckpoint(Mapping[str, Lazy]):
     def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
         """Fill the targets with parts of stored tensors."""
         self._contents.read_boxes(boxes)
-
-    def borrow_tensor(self, name: str) -> torch.Tensor | None:
-        """A tensor that lies in mapped memory already, not to be changed; None if it must be
-        read."""
-        return self._contents.borrow_tensor(name)
 
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this name."""

@@ -1,23 +1,27 @@
-"""The file of `torch.save`, mapped: its tensors lie in the file, and their pages are read when they
-are used."""
+"""The file of `torch.save` as an open checkpoint: its elements are read when they are used."""
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
+from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
+from pytest_dcp._engine.lazy_reading.torch_save_file import TorchSaveFile
 from pytest_dcp._engine.plan.containers import describe
 from pytest_dcp._engine.plan.nested import Path as KeyPath
 from pytest_dcp._engine.plan.nested import as_saved, as_saved_path, flatten
-from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    NotACheckpointError,
+    UntrustedPickleError,
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -27,49 +31,72 @@ def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, A
 
     Writes into them stay in this process.
     """
+    file = _open_file(path)
+    try:
+        return _unpickle(file, weights_only=weights_only)
+    finally:
+        file.close()
+
+
+def _open_file(path: PathLike) -> TorchSaveFile:
     with open(path, "rb") as file:
         signature = file.read(len(ZIP_SIGNATURE))
-        if signature != ZIP_SIGNATURE:
-            raise CheckpointCorruptError(
-                f"expected the zip archive that torch.save writes, got a file that begins with "
-                f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
-                "and saved again",
-                file=os.fspath(path),
-            )
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if signature != ZIP_SIGNATURE:
+        raise CheckpointCorruptError(
+            f"expected the zip archive that torch.save writes, got a file that begins with "
+            f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
+            "and saved again",
+            file=os.fspath(path),
+        )
+    return TorchSaveFile(path)
+
+
+def _unpickle(file: TorchSaveFile, *, weights_only: bool) -> dict[str, Any]:
+    where = os.fspath(file.path)
     try:
-        state_dict = decode_value(memoryview(mapped), share=True)
+        state_dict = decode_value(memoryview(file.mapped), share=True)
     except CheckpointCorruptError as error:
         if weights_only or not isinstance(error, UntrustedPickleError):
-            raise error.at(file=os.fspath(path)) from error
+            raise error.at(file=where) from error
         # Not by `decode_value`, which would hold the whole file in memory.
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        state_dict = torch.load(where, map_location="cpu", mmap=True, weights_only=False)
     if not isinstance(state_dict, dict):
         raise TypeError(
-            f"expected a state dict in {os.fspath(path)}, got {type(state_dict).__name__}: a "
-            "checkpoint holds a dict of tensors and values"
+            f"expected a state dict in {where}, got {type(state_dict).__name__}: a checkpoint "
+            "holds a dict of tensors and values"
         )
     return state_dict
 
 
 class TorchSaveContents:
-    """A state dict in a mapped file."""
+    """The state dict in a file that stays open."""
 
     missing_files: Sequence[str] = ()
     catalog: None = None
     """The file has no index."""
 
-    def __init__(self, path: PathLike, *, weights_only: bool = True) -> None:
+    def __init__(self, path: PathLike) -> None:
+        """Raises NotACheckpointError for a file that holds something other than a state dict, or
+        two values under one flat name.
+        """
         self.bytes_read = self.bytes_needed = 0
-        self.state_dict = read_torch_save(path, weights_only=weights_only)
-        self._file = Path(path).name
+        self._opened = _open_file(path)
+        self._file = self._opened.path.name
         seen: list[tuple[KeyPath, Any]] = []
-        self._flat, paths = flatten(self.state_dict, note=lambda *found: seen.append(found))
+        try:
+            state_dict = _unpickle(self._opened, weights_only=True)
+            self._flat, paths = flatten(state_dict, note=lambda *found: seen.append(found))
+        except CheckpointCorruptError:
+            self._opened.close()
+            raise
+        except (TypeError, ValueError) as error:
+            self._opened.close()
+            raise NotACheckpointError(f"{os.fspath(path)} is no checkpoint: {error}") from error
         self._paths = as_saved(paths)
         self.containers = describe((as_saved_path(path), container) for path, container in seen)
         """The description of the saved containers; None: plain ones."""
         self._facts = {name: _facts_of(value) for name, value in self._flat.items()}
-        self._is_closed = False
+        self._closing = DelayedClose(self._file, self._close_files)
 
     @property
     def names(self) -> Sequence[str]:
@@ -97,26 +124,32 @@ class TorchSaveContents:
         return 0 if facts is None else facts.nbytes
 
     def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
-        """Copy the parts from the mapped file."""
-        self._check_open()
+        """Copy the parts from the file.
+
+        Raises CheckpointReplacedError if it was written to since it was opened,
+        CheckpointMismatchError for a sparse tensor.
+        """
+        with self._closing.keep_open():
+            self._read_boxes(boxes)
+
+    def _read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
         for box in boxes:
             part = self._flat[box.name].detach()
+            if part.layout != torch.strided:
+                raise CheckpointMismatchError(
+                    f"{box.name!r} is sparse ({part.layout}), and has no plain elements to read: "
+                    "load the file with torch.load",
+                    mismatched=(box.name,),
+                )
             for dim, (start, length) in enumerate(zip(box.offset, box.target.shape, strict=True)):
                 part = part.narrow(dim, start, length)
-            box.target.copy_(part)
+            self.bytes_read += self._opened.copy_part(part, box.target)
             self.bytes_needed += part.numel() * part.itemsize
-            self.bytes_read += part.numel() * part.itemsize
-
-    def borrow_tensor(self, name: str) -> torch.Tensor | None:
-        """The tensor in the mapped file."""
-        self._check_open()
-        tensor: torch.Tensor = self._flat[name].detach()
-        return tensor
 
     def read_value(self, name: str) -> Any:
         """The value of this name."""
-        self._check_open()
-        return self._flat[name]
+        with self._closing.keep_open():
+            return self._flat[name]
 
     def file_names(self) -> Sequence[str]:
         """The file."""
@@ -131,14 +164,12 @@ class TorchSaveContents:
         return ()
 
     def close(self) -> None:
-        """Drop the mapping. Reads raise after that."""
-        self._is_closed = True
-        self.state_dict = {}
-        self._flat = {}
+        """Close the file. Reads raise after that."""
+        self._closing.close()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError(f"the checkpoint in {self._file} was closed")
+    def _close_files(self) -> None:
+        self._opened.close()
+        self._flat = {}  # The tensors keep the mapping, and so the file's space on the disk.
 
 
 def _facts_of(value: Any) -> TensorFacts | None:
