@@ -6,6 +6,7 @@ A session of torchrun imports torch in each of its processes, so few sessions se
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -44,6 +45,11 @@ def local(suite: Suite) -> SessionResult:
 
 
 @pytest.fixture(scope="module")
+def distributed(suite: Suite) -> SessionResult:
+    return suite.run("-n2", "-m", "not launched_only", f"--deselect=test_launched.py::{LEFT_OUT}")
+
+
+@pytest.fixture(scope="module")
 def launched(suite: Suite) -> SessionResult:
     """Three ranks; torchrun would restart a session that fails."""
     under = (*TORCHRUN, "--nproc-per-node=3", "--max-restarts=1")
@@ -54,7 +60,8 @@ def outcomes(result: SessionResult) -> dict[tuple[str, str, bool], list[tuple[st
     """By test and phase: the categories and headlines of the reports."""
     found: dict[tuple[str, str, bool], list[tuple[str, str]]] = {}
     for report in result.reports:
-        headline = ADDRESSES.sub("*", report.headline)
+        text = re.sub(r"^\[gw\d+\] .*\n*", "", report.text)  # xdist's
+        headline = ADDRESSES.sub("*", text.partition("\n")[0])
         key = report.nodeid, report.when, report.subtest
         found.setdefault(key, []).append((report.category, headline))
     return found
@@ -65,6 +72,12 @@ def test_every_test_ends_as_on_one_machine(local: SessionResult, launched: Sessi
     assert len(here) > 60
     assert {key: there.get(key) for key in here} == here
     assert {key[0].rpartition("_")[2] for key in there.keys() - here.keys()} == {"large", "rank"}
+
+
+def test_the_same_suite_ends_alike_in_xdists_workers(
+    local: SessionResult, distributed: SessionResult
+) -> None:
+    assert outcomes(distributed) == outcomes(local)
 
 
 def test_reports_come_once_and_from_rank_0_alone(launched: SessionResult) -> None:
@@ -299,7 +312,16 @@ import torch  # once, before the fork
 
 @pytest.mark.world_size(2)
 def test_world(rank, world):
+    if os.path.exists("part.py"):
+        import part
+        part.run(rank)
     assert world.gather(rank) == [0, 1]
+"""
+PART = """
+def run(rank):
+    if rank == 0:
+        return "in rank 0"
+    return "in the other"
 """
 ONE_MORE = (
     SMALL
@@ -318,16 +340,20 @@ def others_output(result: SessionResult) -> str:
 
 
 def test_srun_is_recognised_by_its_variables(make_suite: MakeSuite) -> None:
-    suite = make_suite({"test_small.py": SMALL})
+    suite = make_suite({"test_small.py": SMALL, "part.py": PART})
     variables = [
         {"SLURM_PROCID": f"{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
         for rank in range(2)
     ]
-    result = run_by_hand(suite, variables, "--junitxml=junit.xml")
+    reports = ("--junitxml=junit.xml", "--cov=part", "--cov-report=json")
+    result = run_by_hand(suite, variables, *reports)
     assert "rank 0 of the 2 of srun" in result.output
     assert result.outcomes("test_world") == PASSED
     assert result.exit_code == 0
     assert 'tests="1"' in (result.cwd / "junit.xml").read_text()
+    measured = json.loads((result.cwd / "coverage.json").read_text())
+    assert measured["files"]["part.py"]["missing_lines"] == []
+    assert [path.name for path in result.cwd.glob(".coverage*")] == [".coverage"]
     assert others_output(result) == ""
     assert result.left_running == ()
 

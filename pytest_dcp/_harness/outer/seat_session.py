@@ -114,3 +114,8 @@ def _take_reporters_out(config: pytest.Config) -> None:
     if (xml := stash.get(xml_key, None)) is not None:
         del stash[xml_key]
         manager.unregister(xml)
+    measuring: Any = manager.getplugin("_cov")
+    if measuring is not None:
+        # The ranks save their measurements, and pytest-cov combines them in the controller.
+        measuring.cov_controller = None
+        measuring.options.cov_report, measuring.options.cov_fail_under = {}, None
