@@ -71,7 +71,11 @@ def test_every_test_ends_as_on_one_machine(local: SessionResult, launched: Sessi
     here, there = outcomes(local), outcomes(launched)
     assert len(here) > 60
     assert {key: there.get(key) for key in here} == here
-    assert {key[0].rpartition("_")[2] for key in there.keys() - here.keys()} == {"large", "rank"}
+    assert {key[0].rpartition("_")[2] for key in there.keys() - here.keys()} == {
+        "large",
+        "rank",
+        "ever",
+    }
 
 
 def test_the_same_suite_ends_alike_in_xdists_workers(
@@ -123,6 +127,11 @@ def test_a_warm_world_keeps_its_processes(launched: SessionResult) -> None:
 def test_a_world_that_does_not_fit_is_refused_in_words(launched: SessionResult) -> None:
     text = launched.bad("test_a_world_that_is_too_large").text
     assert "a world of 4 ranks does not fit: the launcher has started 3" in text
+
+
+def test_a_test_in_rank_0s_process_may_fork(launched: SessionResult) -> None:
+    assert launched.outcomes("test_a_forked_child_is_terminated_as_ever") == PASSED
+    assert launched.outcomes("test_a_program_of_a_test_is_no_rank") == PASSED
 
 
 def test_a_failed_session_is_not_run_again_by_a_restart(launched: SessionResult) -> None:

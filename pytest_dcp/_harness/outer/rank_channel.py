@@ -79,7 +79,7 @@ def open_channel(key: RankKey, fds: RankFds, seat: int) -> RankChannel:
 
 
 def _write_file(fd: int, message: RankFile) -> None:
-    """Make a memory file as the rank's own is, except for what nobody reads between its ends."""
+    """Make a memory file equal to the rank's own, but for the middle, which no one reads."""
     os.ftruncate(fd, message.size)
     head = message.payload[: len(message.payload) - message.tail]
     os.pwrite(fd, head, 0)

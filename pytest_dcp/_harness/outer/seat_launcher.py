@@ -61,7 +61,7 @@ class SeatLauncher:
             self._hub.send([order.rank], LaunchRank(placed.to_json()))
 
     def require(self, size: int) -> None:
-        """Raise `WorldError` if there are not so many seats."""
+        """Raise `WorldError` if there are fewer seats, or one of them is lost."""
         if size > self._hub.size:
             raise WorldError(
                 f"a world of {size} ranks does not fit: the launcher has started {self._hub.size}"

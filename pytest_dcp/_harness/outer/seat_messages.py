@@ -51,7 +51,7 @@ Waits are bounded: joining by `JOIN_S`, a phase by the supervisor, the end by `C
 waits for the next order as long as its connection lives.
 
 A frame is two big-endian u32 lengths, a JSON list of the message's name and fields, and raw bytes.
-Only a process that knows the token, which the store has, can join; so whoever can read the
+Only a process that knows the token, which the store has, can join; so a process that can read the
 launcher's store can take part, as in torch's own rendezvous.
 """
 

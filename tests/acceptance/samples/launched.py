@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -171,6 +172,15 @@ def test_carved_worlds(worlds: Any) -> None:
 def test_a_world_that_is_too_large(worlds: Any) -> None:
     with worlds(4):
         pass
+
+
+@pytest.mark.launched_only
+def test_a_forked_child_is_terminated_as_ever() -> None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    assert child.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.launched_only
