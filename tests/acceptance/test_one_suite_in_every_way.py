@@ -1,4 +1,4 @@
-"""One suite, run in every way, has the same outcomes: here, by xdist, torchrun, adopted, simulated."""
+"""One suite has the same outcomes here, by xdist, under torchrun, adopted, and simulated."""
 
 from __future__ import annotations
 
