@@ -25,6 +25,8 @@ def report_refusals() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # `pytest-dcp ls ... | head`: click ends without a word
+        raise
     except (CheckpointError, OSError, ValueError, TypeError, ImportError) as error:
         text = str(error).strip() or type(error).__name__
         print(f"pytest-dcp: {' '.join(text.split())}", file=sys.stderr)

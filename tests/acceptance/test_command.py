@@ -263,3 +263,16 @@ def test_the_module_is_the_command(samples: Path, tmp_path: Path) -> None:
     assert done.stdout.endswith("1 names equal, 3 differ\n")
     (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:])")
     assert run("run", "program.py", "--json").stdout == "['--json']\n"
+
+
+def test_a_reader_that_stops_early_is_no_error(samples: Path, tmp_path: Path) -> None:
+    """As in `pytest-dcp ls ... | head -1`."""
+    dcp.save({f"w{n}": torch.ones(1) for n in range(3000)}, checkpoint_id=tmp_path / "many")
+    program = [sys.executable, "-m", "pytest_dcp", "ls", str(tmp_path / "many"), "--json"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.readline()
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        command.wait(120)

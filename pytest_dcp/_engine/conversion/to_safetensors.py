@@ -172,7 +172,8 @@ def _refuse_values(contents: ConvertedContents, *, skip: bool) -> list[str]:
     if names and not skip:
         raise CheckpointMismatchError(
             f"safetensors files hold tensors only, and {len(names)} of the names are values, such "
-            f"as {names[:SHOWN]!r}: exclude them, or pass skip_values=True",
+            f"as {names[:SHOWN]!r}: exclude them, or leave out values "
+            "(skip_values=True, --skip-values)",
             mismatched=tuple(names),
         )
     return names
