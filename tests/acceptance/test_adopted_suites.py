@@ -20,11 +20,15 @@ PASSED = {"call": "passed"}
 FAILED = {"call": "failed"}
 SKIPPED = {"call": "skipped"}
 MARKED = """
-import multiprocessing, os
+import multiprocessing, os, sys
 import pytest
 
 def die():
     os._exit(3)
+
+def test_imports(request):
+    found = [name for name in sys.modules if name.startswith("pytest_dcp._harness.adoption")]
+    assert bool(found) == bool(request.config.option.dcp_adopt)
 
 def run():
     process = multiprocessing.get_context("spawn").Process(target=die)
