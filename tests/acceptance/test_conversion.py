@@ -266,6 +266,92 @@ class TestChanges:
             convert.to_safetensors(samples / "hf", tmp_path / "folder", budget_bytes=0)
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.parametrize("target", ["memory://run/a", "s3://b/a", ""])
+    @pytest.mark.parametrize("suffix", [".safetensors", "", ".pt"])
+    def test_urls_and_empty_paths_are_no_local_targets(
+        self,
+        samples: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        target: str,
+        suffix: str,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        function = convert.to_torch_save if suffix == ".pt" else convert.to_safetensors
+        with pytest.raises(ValueError, match=r"is a URL: give a local|is an empty path"):
+            function(samples / "hf", target and target + suffix)
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("target", ["a.safetensors", "state.pt"])
+    def test_a_folder_in_the_targets_place_is_found_before_anything_is_read(
+        self, tmp_path: Path, target: str
+    ) -> None:
+        (tmp_path / target).mkdir()
+        with pytest.raises(IsADirectoryError, match=re.escape(target)):
+            TARGETS[target](tmp_path / "no source", tmp_path / target)
+        with pytest.raises(FileNotFoundError, match=r"folder is missing: .*gone'"):
+            TARGETS[target](tmp_path / "no source", tmp_path / "gone" / target)
+
+    @pytest.mark.parametrize(
+        ("dtype", "words"),
+        [
+            ({"c": torch.float32}, "'c' is torch.complex64, and cannot become torch.float32: imag"),
+            (torch.quint8, "cannot become torch.quint8: torch does not cast"),
+            (torch.uint4, "cannot become torch.uint4: torch does not cast"),
+        ],
+    )
+    def test_casts_that_lose_or_fail_are_refused_before_anything_is_written(
+        self, tmp_path: Path, dtype: Any, words: str
+    ) -> None:
+        torch.save({"c": torch.ones(2, dtype=torch.complex64), "w": numbered(3)}, tmp_path / "s.pt")
+        for target, function in TARGETS.items():
+            with pytest.raises(CheckpointMismatchError, match=re.escape(words)):
+                function(tmp_path / "s.pt", tmp_path / target, dtype=dtype)
+            with pytest.raises(TypeError, match=r"must be a torch\.dtype"):
+                function(tmp_path / "s.pt", tmp_path / target, dtype={"c": "float32"})
+        assert os.listdir(tmp_path) == ["s.pt"]
+
+    @pytest.mark.parametrize("name", ["__metadata__", "broken \udcff"])
+    def test_names_that_a_header_cannot_hold_are_refused_in_words(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        torch.save({name: numbered(3)}, tmp_path / "s.pt")
+        for target in ("a.safetensors", "folder"):
+            with pytest.raises(CheckpointMismatchError, match="cannot hold tensors of the names"):
+                convert.to_safetensors(tmp_path / "s.pt", tmp_path / target)
+        convert.to_torch_save(tmp_path / "s.pt", tmp_path / "t.pt")
+        assert torch.equal(torch.load(tmp_path / "t.pt")[name], numbered(3))
+
+    def test_the_texts_of_the_user_are_in_every_header(self, samples: Path, tmp_path: Path) -> None:
+        texts = {"modelspec.title": "höhe"}
+        convert.to_safetensors(samples / "hf", tmp_path / "a.safetensors", metadata=texts)
+        convert.to_safetensors(
+            samples / "hf", tmp_path / "folder", metadata=texts, max_file_bytes=3000
+        )
+        files = [tmp_path / "a.safetensors", *(tmp_path / "folder").glob("*.safetensors")]
+        assert len(files) == 4
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                assert opened.metadata().items() >= texts.items()
+        assert equal_bits(read_folder(tmp_path / "folder"), tensors())
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            ({"metadata": {"epoch": 3}}, TypeError),
+            ({"metadata": {"DCP_SAVE_ID": "x"}}, ValueError),
+            ({"metadata": {"a": "\udcff"}}, ValueError),
+            ({"thread_count": 0}, ValueError),
+        ],
+    )
+    def test_impossible_options_of_safetensors(
+        self, samples: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception]
+    ) -> None:
+        for target in ("a.safetensors", "folder"):
+            with pytest.raises(error, match=r"metadata|thread_count"):
+                convert.to_safetensors(samples / "hf", tmp_path / target, **options)
+        assert os.listdir(tmp_path) == []
+
 
 class TestInterruptions:
     """The target is absent or whole, at whichever write a conversion ends."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 
@@ -59,6 +60,7 @@ class Changes:
         chosen = [n for n in names if n not in excluded and (self.include is None or n in included)]
         if not chosen:
             raise CheckpointMismatchError(f"nothing of {where} is left to convert")
+        self._check_types()
         selection = Selection(rename=self.rename)
         selection.check_types()
         renamed = selection.stored_as(dict.fromkeys(chosen)) or {name: name for name in chosen}
@@ -75,6 +77,12 @@ class Changes:
             return stored
         return self.dtype
 
+    def _check_types(self) -> None:
+        dtypes = self.dtype.values() if isinstance(self.dtype, Mapping) else [self.dtype]
+        for dtype in dtypes:
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype must be a torch.dtype, or map patterns to some: {dtype!r}")
+
     def _check_renamed(self, renamed: Mapping[str, str], where: str) -> None:
         if self.rename and all(name == new for name, new in renamed.items()):
             raise CheckpointMismatchError(
@@ -83,7 +91,7 @@ class Changes:
             )
         origin: dict[str, str] = {}
         for name, new in renamed.items():
-            if type(new) is not str or not new:
+            if type(new) is not str or (not new and name):
                 raise CheckpointMismatchError(
                     f"rename gives {new!r} for {name!r}, which is no name"
                 )
@@ -91,6 +99,25 @@ class Changes:
                 raise CheckpointMismatchError(
                     f"rename gives {new!r} for both {other!r} and {name!r}"
                 )
+
+
+def check_cast(name: str, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Raises CheckpointMismatchError if a tensor cannot be cast, or would lose imaginary parts."""
+    if stored != dtype and (reason := _reason_against(stored, dtype)):
+        raise CheckpointMismatchError(
+            f"{name!r} is {stored}, and cannot become {dtype}: {reason}", mismatched=(name,)
+        )
+
+
+@lru_cache
+def _reason_against(stored: torch.dtype, dtype: torch.dtype) -> str | None:
+    if stored.is_complex and not dtype.is_complex:
+        return "imaginary parts would be lost"
+    try:
+        torch.zeros(stored.itemsize, dtype=torch.uint8).view(stored).to(dtype)
+    except (RuntimeError, TypeError):
+        return "torch does not cast between them"
+    return None
 
 
 def _match(names: Sequence[str], choice: Patterns | None, argument: str, where: str) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.conversion.changes import Changes
+from pytest_dcp._engine.conversion.changes import Changes, check_cast
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -79,6 +79,7 @@ class ConvertedContents:
             lazy = checkpoint[name]
             if isinstance(lazy, LazyTensor):
                 dtype = changes.dtype_of(name, lazy.dtype)
+                check_cast(name, lazy.dtype, dtype)
                 shape = tuple(lazy.shape)
                 self.tensors[new] = ConvertedTensor(name, new, shape, lazy.dtype, dtype)
             else:

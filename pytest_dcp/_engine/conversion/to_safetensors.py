@@ -19,8 +19,9 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
+from pytest_dcp._engine.conversion.target_paths import local_target, target_file
 from pytest_dcp._engine.conversion.whole_file import remove_if_new
-from pytest_dcp._engine.format.safetensors_header import NAMES, StoredTensor
+from pytest_dcp._engine.format.safetensors_header import METADATA_KEY, NAMES, StoredTensor
 from pytest_dcp._engine.huggingface.consolidate import (
     BATCH_BYTES,
     Slab,
@@ -43,6 +44,8 @@ PathLike = str | os.PathLike[str]
 FILE_BYTES = 5_000_000_000
 """Hugging Face's limit for a file (`max_shard_size` of transformers)."""
 SHOWN = 5
+RESERVED = "DCP_"
+"""Keys of the headers that say which save a file is of, and where its parts belong."""
 
 
 @drop_inner_frames
@@ -69,26 +72,28 @@ def to_safetensors(
     skip_values: leave out Python values, which the format cannot hold.
     max_file_bytes: of tensors in each file of a folder; a larger tensor has a file of its own.
     budget_bytes: memory for tensors, of each thread. thread_count: files written at the same time.
-    metadata: further texts for the files' headers.
+    metadata: further texts for the files' headers; keys that begin with DCP_ are the engine's.
 
     A failure leaves no file, and a folder as it was. Raises CheckpointMismatchError for values,
-    dtypes that the format lacks, and names that are not there; CheckpointCorruptError for a damaged
-    source; OSError if the target cannot be written.
+    names and dtypes that the format lacks, and names that are not there; CheckpointCorruptError for
+    a damaged source; OSError if the target cannot be written.
     """
     changes = Changes(include, exclude, rename, dtype)
-    path = Path(os.fspath(target))
-    _check_budgets(budget_bytes, max_file_bytes)
+    is_file = os.fspath(target).endswith(SUFFIX)
+    path = target_file(target) if is_file else local_target(target)
+    _check_counts(budget_bytes, max_file_bytes, thread_count)
+    texts = {**FORMAT, **_check_metadata(metadata or {})}
     with open_source(source, changes) as contents:
         left_out = _refuse_values(contents, skip=skip_values)
         _check_dtypes(contents)
+        _check_names(contents)
         tensors = _TensorsOfSource(contents)
-        texts = {**FORMAT, **(metadata or {})}
-        if path.name.endswith(SUFFIX):
+        if is_file:
             _write_file(tensors, path, texts, budget_bytes)
         else:
             with remove_if_new(path):
                 files = _split(contents, max_file_bytes)
-                _write_folder(tensors, path, files, budget_bytes, thread_count)
+                _write_folder(tensors, path, files, texts, budget_bytes, thread_count)
         return contents.report(values=0, left_out=left_out)
 
 
@@ -133,6 +138,7 @@ def _write_folder(
     tensors: _TensorsOfSource,
     path: Path,
     files: Mapping[str, int],
+    metadata: Mapping[str, str],
     budget_bytes: int,
     thread_count: int,
 ) -> None:
@@ -147,6 +153,7 @@ def _write_folder(
             number=next_number(folder),
             threads=thread_count,
             batch_bytes=budget_bytes,
+            metadata=metadata,
         )
         output.commit(nbytes)
     except BaseException:
@@ -190,7 +197,40 @@ def _check_dtypes(contents: ConvertedContents) -> None:
         raise CheckpointMismatchError("no tensor is left to convert")
 
 
-def _check_budgets(budget_bytes: int, max_file_bytes: int) -> None:
+def _check_names(contents: ConvertedContents) -> None:
+    """The header of a file is JSON in UTF-8, where one key is taken."""
+    without = [n for n in contents.tensors if n == METADATA_KEY or not _is_encodable(n)]
+    if without:
+        raise CheckpointMismatchError(
+            f"safetensors files cannot hold tensors of the names {without[:SHOWN]!r}: exclude or "
+            "rename them",
+            mismatched=tuple(without),
+        )
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata maps str to str, got {key!r}: {text!r}")
+        if key.startswith(RESERVED) or not _is_encodable(key + text):
+            raise ValueError(
+                f"metadata {key!r}: {text!r} is not possible: keys that begin with {RESERVED} are "
+                "the engine's, and all texts are UTF-8"
+            )
+    return metadata
+
+
+def _check_counts(budget_bytes: int, max_file_bytes: int, thread_count: int) -> None:
     for name, value in (("budget_bytes", budget_bytes), ("max_file_bytes", max_file_bytes)):
         if value < 1:
             raise ValueError(f"{name} must be a positive number of bytes, got {value}")
+    if thread_count < 1:
+        raise ValueError(f"thread_count must be 1 or more, got {thread_count}")

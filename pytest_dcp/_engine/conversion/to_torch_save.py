@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from pytest_dcp._engine.conversion.converted_contents import (
     open_source,
 )
 from pytest_dcp._engine.conversion.mapped_archive import MappedArchive
+from pytest_dcp._engine.conversion.target_paths import target_file
 from pytest_dcp._engine.conversion.whole_file import replace_at_end
 from pytest_dcp._engine.plan.select import Rename
 from pytest_dcp.tracebacks import drop_inner_frames
@@ -46,7 +46,8 @@ def to_torch_save(
     A failure leaves no file. Raises as `open_checkpoint`, and OSError if it cannot be written.
     """
     changes = Changes(include, exclude, rename, dtype)
-    with open_source(source, changes) as contents, replace_at_end(Path(target)) as fd:
+    path = target_file(target)
+    with open_source(source, changes) as contents, replace_at_end(path) as fd:
         archive = MappedArchive(fd)
         archive.allocate({name: tensor.nbytes for name, tensor in contents.tensors.items()})
         tensors = {

@@ -10,13 +10,13 @@ The file gets its name when it is complete and synced; a failure leaves no file 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from pytest_dcp._engine.conversion.mapped_archive import MappedArchive
+from pytest_dcp._engine.conversion.target_paths import target_file
 from pytest_dcp._engine.conversion.whole_file import (
     replace_at_end,
     without_single_process_warning,
@@ -44,7 +44,7 @@ def dcp_to_torch_save(
 
     Raises CheckpointException, as `load`, and OSError if the file cannot be written.
     """
-    target = Path(torch_save_path)
+    target = target_file(torch_save_path)
     with replace_at_end(target) as fd:
         planner = _FilePlanner(fd, weights_only=weights_only)
         with without_single_process_warning():

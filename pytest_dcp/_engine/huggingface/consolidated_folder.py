@@ -69,17 +69,19 @@ class ConsolidatedFolder:
         number: int,
         threads: int,
         batch_bytes: int | None = None,
+        metadata: Mapping[str, str] = FORMAT,
     ) -> int:
         """Write these files; returns the bytes of their tensors.
 
         number: the save's number, see `next_number`. batch_bytes: the memory of each thread.
+        metadata: texts for the headers, besides those that name the save.
         """
         stated = describe_save({"files": len(self.files), "number": number})
         return consolidate(
             source,
             self.folder,
             {name: self.files[name] for name in names},
-            {SAVE_KEY: self.save_id, **stated, **FORMAT},
+            {**metadata, SAVE_KEY: self.save_id, **stated},
             threads=threads,
             sync=self.sync,
             batch_bytes=batch_bytes,
