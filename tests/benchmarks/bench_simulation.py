@@ -128,6 +128,7 @@ def measure_all(sizes: Sequence[int]) -> list[ScaleRow]:
 # ---- the picture
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 200, 64, 44, 96
+LETTER_WIDTH = 5.3
 COLOURS = ("#1f6feb", "#d1242f", "#6e7781")
 Series = tuple[str, list[float]]
 
@@ -203,6 +204,7 @@ def _panel(x: int, y: int, title: str, ranks: Sequence[int], series: Sequence[Se
         parts.append(
             f'<text x="{across:.1f}" y="{y + HEIGHT + 18}" text-anchor="middle">{rank:,}</text>'
         )
+    named_at = x
     for n, (name, some) in enumerate(series):
         places = [at(*one) for one in zip(ranks, some, strict=True)]
         points = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
@@ -212,8 +214,9 @@ def _panel(x: int, y: int, title: str, ranks: Sequence[int], series: Sequence[Se
         parts.append(
             f'<g stroke="{COLOURS[n]}" fill="{COLOURS[n]}">{dots}'
             f'<polyline points="{points}" fill="none" stroke-width="1.5"/></g>'
-            f'<text x="{x + n * 128}" y="{y - 9}" fill="{COLOURS[n]}" font-size="11">{name}</text>'
+            f'<text x="{named_at:.0f}" y="{y - 9}" fill="{COLOURS[n]}" font-size="10">{name}</text>'
         )
+        named_at += 12 + LETTER_WIDTH * len(name)
     parts.append(f'<text x="{x + WIDTH}" y="{y + HEIGHT + 34}" text-anchor="end">ranks</text>')
     return parts
 

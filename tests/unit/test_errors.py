@@ -33,6 +33,9 @@ from pytest_dcp._harness.controller.lease_errors import (
     LeaseTimeout,
     Shortage,
 )
+from pytest_dcp._harness.outer.meeting import MeetingError
+from pytest_dcp._harness.outer.seat import ControllerLostError
+from pytest_dcp._harness.outer.seat_messages import SeatWireError
 from pytest_dcp._harness.protocol.launcher import LauncherLostError
 from pytest_dcp._harness.protocol.messages import WireError
 from pytest_dcp._harness.rank.channel import ControllerGoneError
@@ -121,6 +124,9 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     PeerAborted: PeerAborted("rank 1 failed"),
     StepError: StepError("write", {}, "save"),
     RemoteError: RemoteError("foo.Bar", "foo.Bar: it broke"),
+    MeetingError: MeetingError("rank 1 did not reach the store"),
+    ControllerLostError: ControllerLostError("the connection to rank 0 has ended"),
+    SeatWireError: SeatWireError("a frame of 2 GB"),
     LeaseFolderRejected: LeaseFolderRejected(Path("/tmp/leases"), ("is a link", "is not ours")),
 }
 
