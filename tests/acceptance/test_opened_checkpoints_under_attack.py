@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint._extension import ZStandard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.io import transformed_entries
 from pytest_dcp._engine.io.local_file import LocalIn
-from pytest_dcp._engine.lazy_reading import torch_save_file
+from pytest_dcp._engine.lazy_reading import catalog_contents, torch_save_file
+from pytest_dcp.checkpoint import convert
 from pytest_dcp.errors import (
     CheckpointMismatchError,
     CheckpointReplacedError,
@@ -179,6 +183,55 @@ class TestClosing:
         assert len(os.listdir("/proc/self/fd")) <= before
         with pytest.raises(ValueError, match="was closed"):
             opened.read(["w"])
+
+
+class TestCompressedShards:
+    """Of torch's stream transforms: a shard is decoded whole, however little is wanted."""
+
+    @pytest.fixture
+    def decoded(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """An item for each shard that was decoded."""
+        decoded: list[int] = []
+        real = transformed_entries.tensor_of
+
+        def counted(*args: Any) -> torch.Tensor:
+            decoded.append(1)
+            return real(*args)
+
+        monkeypatch.setattr(catalog_contents, "tensor_of", counted)
+        return decoded
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        pytest.importorskip("zstandard")
+        writer = dcp.FileSystemWriter(tmp_path / "step", _extensions=[ZStandard()])
+        dcp.save({"v": numbered(7), "w": numbered(40, 50)}, storage_writer=writer)
+        return tmp_path / "step"
+
+    def test_a_conversion_in_many_parts_decodes_each_once(
+        self, folder: Path, tmp_path: Path, decoded: list[int]
+    ) -> None:
+        convert.to_safetensors(folder, tmp_path / "a.safetensors", budget_bytes=100)
+        found = load_file(tmp_path / "a.safetensors")
+        assert torch.equal(found["w"], numbered(40, 50))
+        assert torch.equal(found["v"], numbered(7))
+        assert len(decoded) == 2
+
+    def test_parts_in_any_order_are_the_stored_ones(self, folder: Path) -> None:
+        with dcp.open(folder) as opened:
+            full, other = opened["w"], opened["v"]
+            assert isinstance(full, dcp.LazyTensor)
+            assert isinstance(other, dcp.LazyTensor)
+            for rows in (slice(0, 3), slice(39, 40), slice(2, 9), slice(0, 40)):
+                assert torch.equal(full[rows, 5:9], numbered(40, 50)[rows, 5:9])
+                assert torch.equal(other[2:4], numbered(7)[2:4])
+
+    def test_a_part_that_was_read_is_the_readers_own(self, folder: Path) -> None:
+        with dcp.open(folder) as opened:
+            full = opened["w"]
+            assert isinstance(full, dcp.LazyTensor)
+            full[:5].zero_()
+            assert torch.equal(full[:5], numbered(40, 50)[:5])
 
 
 class TestOddUses:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_selection import select_keys
@@ -31,6 +33,7 @@ from pytest_dcp._engine.io.plan_entries import sort_rows
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_items
+from pytest_dcp._engine.io.transformed_entries import tensor_of
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.plan.boxes import pad_rows, volumes
@@ -85,6 +88,7 @@ class CatalogContents:
             self._open_files = OpenFiles(folder.disk, folder.path, most=KEPT_FILES)
             self._folder = Folder(self._open_files, folder.path)
             self._keep_files(self._open_files)
+        self._decoded = _DecodedShard()
         self._closing = DelayedClose(str(folder), self._close_files)
 
     @property
@@ -211,6 +215,7 @@ class CatalogContents:
 
     def _close_files(self) -> None:
         self._identities.clear()
+        self._decoded = _DecodedShard()
         if self._open_files is not None:
             self._open_files.close()
 
@@ -240,7 +245,29 @@ class CatalogContents:
             for dim in range(int(items.ndim[row])):
                 start, length = int(items.to_offset[row, dim]), int(items.shape[row, dim])
                 part = part.narrow(dim, start, length)
-            part.copy_(stored.decode_tensor(row))
+            part.copy_(self._decode_part(stored, row))
+
+    def _decode_part(self, stored: StoredItems, row: int) -> torch.Tensor:
+        """The part that a row wants of a shard that passed through stream transforms.
+
+        A shard is decoded whole. It is kept for this thread's next part, until its end was read:
+        a conversion asks for a large one in hundreds of parts, one after another.
+        """
+        item, entry_row = stored.items[row], int(stored.items.entry[row])
+        places, kept = stored.catalog.places, self._decoded
+        key = places.files[int(places.file[entry_row])], int(places.start[entry_row])
+        shard = kept.shard
+        if shard is None or kept.key != key:
+            kept.shard = None
+            ((_, entry),) = stored.read_entries(np.array([row]))
+            shard = tensor_of(entry, stored.catalog, entry_row)
+        part = shard
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        ends = map(sum, zip(item.storage_offsets, item.lengths, strict=True))
+        has_rest = any(end < side for end, side in zip(ends, shard.shape, strict=True))
+        kept.key, kept.shard = key, shard if has_rest else None
+        return part
 
     @contextlib.contextmanager
     def _noticing_a_replacement(self, names: Sequence[str]) -> Iterator[Catalog]:
@@ -264,6 +291,14 @@ class CatalogContents:
             return True
         file, identity = self._identities[name]
         return _identity(os.fstat(file.fd)) == identity
+
+
+class _DecodedShard(threading.local):
+    """The last shard that a thread decoded, if it may want more of it."""
+
+    key: tuple[str, int] | None = None
+    """Its file, and where in it the shard begins."""
+    shard: torch.Tensor | None = None
 
 
 def _identity(status: os.stat_result) -> FileIdentity:
