@@ -186,6 +186,7 @@ def test_one_rank_that_skips_is_no_skip(of_torch: SessionResult) -> None:
         ("test_method_of_an_object", FAILED),
         ("test_process_with_a_run_of_its_own", FAILED),
         ("test_closure", PASSED),
+        ("test_closure_fails", FAILED),
         ("test_without_processes", PASSED),
     ],
 )
@@ -210,6 +211,7 @@ def test_a_spawned_failure_is_shown_as_that_of_a_marked_test(of_processes: Sessi
         ("test_only_the_first_exit_code_is_looked_at", "rank 1: exited with code 5"),
         ("test_waits_in_vain", "rank 0: exited with code 6"),
         ("test_process_by_default", "rank 0: exited with code 8"),
+        ("test_closure_fails", "local, which ran as it is written, ended with exit code 3"),
         ("test_method_of_an_object", "rank 0: AssertionError: assert 2 == 1"),
         ("test_process_with_a_run_of_its_own", "rank 0: ValueError: in checker"),
     ],
@@ -233,7 +235,7 @@ def test_the_output_of_ranks_is_in_the_report(of_processes: SessionResult) -> No
 
 
 def test_a_closure_runs_as_it_is_written_with_a_warning(of_processes: SessionResult) -> None:
-    (warning,) = [text for text in of_processes.warnings if "NotAdoptedWarning" in text]
+    (warning,) = [text for text in of_processes.warnings if "test_closure.<locals>" in text]
     assert (
         "the process of test_closure.<locals>.local runs as it is written, not as a rank: it is no "
         "function at the top level of a module"

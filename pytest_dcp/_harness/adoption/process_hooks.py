@@ -51,7 +51,7 @@ def install(replacements: Replacements, current: CurrentTest) -> None:
 
     def exitcode(process: Any) -> int | None:
         code: int | None = reads(process)
-        if code and hasattr(process._popen, "is_judged"):
+        if code:
             process._popen.is_judged = True
         return code
 
@@ -73,6 +73,7 @@ def _hook(original: Callable[[Any], Any], current: CurrentTest, kind: str) -> Ca
         # A spawned process must be picklable anyway; a forked one may run anything.
         if kind == "ForkProcess" and not is_importable(function):
             _warn(test, function, "it is no function at the top level of a module")
+            test.own_processes.append(process)
             return original(process)
         try:
             call = call_for(test, target, process.name)
@@ -80,6 +81,7 @@ def _hook(original: Callable[[Any], Any], current: CurrentTest, kind: str) -> Ca
             if kind == "SpawnProcess":
                 raise  # it fails without us, too
             _warn(test, function, f"its arguments cannot be sent: {error}")
+            test.own_processes.append(process)
             return original(process)
         return test.start_alone(call, daemon=daemon)
 

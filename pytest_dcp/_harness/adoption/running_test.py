@@ -6,10 +6,12 @@ in the test, or, for failures that the test never looks at, as the test's own fa
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,8 @@ STEP_S = 0.02
 """How long the processes of one world are looked after before those of the next."""
 VAIN_S = 5.0
 """How long a test may go on when all its processes have ended, and one has failed."""
+ENDED_BY_TEST = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+"""Exit codes of a process that its test has ended."""
 MARGIN = 0.1
 """Of pytest-timeout's limit: left for stacks and reports, before it ends the test itself."""
 
@@ -40,6 +44,8 @@ class RunningTest:
         self.harness = harness
         self.failures = Failures(item, harness)
         self.sets: list[ProcessSet] = []
+        self.own_processes: list[Any] = []
+        """Processes of the suite that run as they are written."""
         self.gathering: ProcessSet | None = None
         """The world whose processes start now."""
         self._limit_s = harness.options.defaults.timeout_s
@@ -153,6 +159,7 @@ class RunningTest:
                     one.kill()
         self.drive(lambda: False)
         outcomes = [*self._unjudged_outcomes()]
+        self.own_processes.clear()
         for one in self.sets:
             one.is_judged = True
         for outcome in outcomes:
@@ -175,6 +182,8 @@ class RunningTest:
         joined = join_alone(alone)
         if joined is not None:
             yield joined
+        if failures := [*failures_of(self.own_processes)]:
+            yield combine(0, {}, failures)
 
     def end(self) -> None:
         """The item is over: end the processes that it left."""
@@ -201,6 +210,18 @@ def join_alone(sets: Sequence[ProcessSet]) -> Outcome | None:
     if not failures and all(result.outcome == "passed" for result in results.values()):
         return None
     return combine(0, results, failures)
+
+
+def failures_of(processes: Sequence[Any]) -> Iterator[RankFailure]:
+    """A failure for each ended process that was no rank, and whose exit code was not looked at."""
+    for number, process in enumerate(processes):
+        popen = process._popen  # None for a process that the test has closed
+        code = popen.poll() if popen is not None else None
+        if code in (None, 0, *ENDED_BY_TEST) or getattr(popen, "is_judged", False):
+            continue
+        text = f"{process.name}, which ran as it is written, ended with exit code {code}"
+        # Shown without a rank's number.
+        yield RankFailure(number, "diverged", "call", time.monotonic(), text)
 
 
 def _has_failed(one: ProcessSet) -> bool:

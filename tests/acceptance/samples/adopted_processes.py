@@ -180,5 +180,11 @@ def test_closure() -> None:
     assert process.exitcode == 0
 
 
+def test_closure_fails() -> None:
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(3), name="local")
+    process.start()
+    process.join()
+
+
 def test_without_processes() -> None:
     assert True
