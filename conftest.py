@@ -7,6 +7,6 @@ from hypothesis import settings
 
 # No deadline per example: two loaded cores make any late. A hung one ends by the time limits.
 settings.register_profile("dev", max_examples=25, deadline=None)
-settings.register_profile("ci", max_examples=200, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None)
 settings.register_profile("nightly", max_examples=10_000, deadline=None)
 settings.load_profile("ci")
