@@ -394,6 +394,26 @@ class TestInterruptions:
             return False
         return True
 
+    def test_ctrl_c_just_after_the_file_was_made_leaves_nothing(
+        self, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def interrupted(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            fd = real(path, flags, *args, **kwargs)
+            if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+                os.close(fd)
+                raise KeyboardInterrupt
+            return fd
+
+        monkeypatch.setattr(os, "open", interrupted)
+        for target in ("a.safetensors", "folder", "state.pt"):
+            with pytest.raises(KeyboardInterrupt):
+                TARGETS[target](samples / "hf", tmp_path / target)
+            monkeypatch.undo()
+            assert os.listdir(tmp_path) == [], target
+            monkeypatch.setattr(os, "open", interrupted)
+
     @pytest.mark.parametrize("target", ["a.safetensors", "folder", "step"])
     def test_a_crash_leaves_the_old_target_or_the_new_one(
         self, samples: Path, faulty_storage: FaultyStorage, checkpoint_dir: Path, target: str

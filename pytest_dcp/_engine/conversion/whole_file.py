@@ -15,9 +15,11 @@ from pytest_dcp._engine import operating_system
 @contextlib.contextmanager
 def replace_at_end(target: Path) -> Iterator[int]:
     """The descriptor of a new file. At the end it gets the name; after a failure it is removed."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | operating_system.NEW_FILE, 0o666)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | operating_system.NEW_FILE
     try:
+        # Inside, since Ctrl-C may come as soon as the file exists.
+        fd = os.open(temporary, flags, 0o666)
         try:
             yield fd
             operating_system.sync_file(fd)
