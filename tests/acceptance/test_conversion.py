@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder
 from pytest_dcp._engine.io.local_file import LocalOut
 from pytest_dcp.checkpoint import convert
 from pytest_dcp.errors import CheckpointMismatchError
@@ -393,6 +394,21 @@ class TestInterruptions:
                 raise
             return False
         return True
+
+    def test_another_save_to_the_same_folder_is_named_as_the_reason(
+        self, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        commit = ConsolidatedFolder.commit
+
+        def late_commit(self: ConsolidatedFolder, nbytes: int) -> None:
+            for unfinished in (tmp_path / "folder").iterdir():
+                unfinished.unlink()  # as the other save does after its commit
+            commit(self, nbytes)
+
+        monkeypatch.setattr(ConsolidatedFolder, "commit", late_commit)
+        with pytest.raises(FileNotFoundError, match="does another save write to the same folder"):
+            convert.to_safetensors(samples / "hf", tmp_path / "folder")
+        assert os.listdir(tmp_path) == []
 
     def test_ctrl_c_just_after_the_file_was_made_leaves_nothing(
         self, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

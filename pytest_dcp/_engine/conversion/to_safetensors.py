@@ -155,10 +155,21 @@ def _write_folder(
             batch_bytes=budget_bytes,
             metadata=metadata,
         )
-        output.commit(nbytes)
+        _commit(output, nbytes)
     except BaseException:
         output.remove_unfinished()
         raise
+
+
+def _commit(output: ConsolidatedFolder, nbytes: int) -> None:
+    try:
+        output.commit(nbytes)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            error.errno,
+            "a file of this conversion is gone: does another save write to the same folder?",
+            error.filename,
+        ) from error
 
 
 def _split(contents: ConvertedContents, max_file_bytes: int) -> dict[str, int]:
