@@ -31,5 +31,6 @@ def target_file(target: PathLike) -> Path:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "the target file is a folder", os.fspath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the target's folder is missing", str(path.parent))
+        text = f"{os.strerror(errno.ENOENT)}, the target's folder is missing"
+        raise FileNotFoundError(errno.ENOENT, text, str(path.parent))
     return path
