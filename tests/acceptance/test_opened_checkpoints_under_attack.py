@@ -126,7 +126,7 @@ for overwrite in (
         ("state", "words"),
         [([1], "expected a state dict in"), ({1: 1, "1": 2}, "duplicated flatten key '1'")],
     )
-    def test_what_is_no_state_dict_is_no_checkpoint(
+    def test_a_file_without_a_state_dict_is_no_checkpoint(
         self, tmp_path: Path, state: Any, words: str
     ) -> None:
         torch.save(state, tmp_path / "state.pt")

@@ -392,6 +392,11 @@ def test_ranks_of_mpirun_that_collect_other_tests_are_named(make_suite: MakeSuit
             ("-n2",),
             "pytest-xdist's -n cannot be used under a launcher (RANK and WORLD_SIZE), which has",
         ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            ("--dcp-adopt",),
+            "--dcp-adopt starts the processes of each test itself, but a launcher (RANK and",
+        ),
     ],
 )
 def test_wrong_environments_are_refused_in_a_sentence(

@@ -254,11 +254,11 @@ class CatalogContents:
         a conversion asks for a large one in hundreds of parts, one after another.
         """
         item, entry_row = stored.items[row], int(stored.items.entry[row])
-        places, kept = stored.catalog.places, self._decoded
+        places, last = stored.catalog.places, self._decoded
         key = places.files[int(places.file[entry_row])], int(places.start[entry_row])
-        shard = kept.shard
-        if shard is None or kept.key != key:
-            kept.shard = None
+        shard = last.shard
+        if shard is None or last.key != key:
+            last.shard = None
             ((_, entry),) = stored.read_entries(np.array([row]))
             shard = tensor_of(entry, stored.catalog, entry_row)
         part = shard
@@ -266,7 +266,7 @@ class CatalogContents:
             part = part.narrow(dim, start, length)
         ends = map(sum, zip(item.storage_offsets, item.lengths, strict=True))
         has_rest = any(end < side for end, side in zip(ends, shard.shape, strict=True))
-        kept.key, kept.shard = key, shard if has_rest else None
+        last.key, last.shard = key, shard if has_rest else None
         return part
 
     @contextlib.contextmanager

@@ -53,6 +53,11 @@ def register(config: pytest.Config, options: Options) -> OuterPlugin | None:
             f"pytest-xdist's -n cannot be used under {launch.launcher}, which has started "
             f"{launch.size} processes already: leave -n out"
         )
+    if options.adopt and launch is not None:
+        problem = problem or (
+            f"--dcp-adopt starts the processes of each test itself, but {launch.launcher} has "
+            f"started {launch.size} already: leave out one of the two"
+        )
     plugin = OuterPlugin(config, options, launch, problem)
     config.pluginmanager.register(plugin, "pytest_dcp.outer")
     return plugin
@@ -165,7 +170,10 @@ class OuterPlugin:
     def pytest_collection_finish(self, session: pytest.Session) -> Generator[None, object, object]:
         """Refuse wrong variables; deselect the tests that need more ranks than there are."""
         marker = self._options.marker
-        if any(markers_of(item, marker) or _uses_worlds(item) for item in session.items):
+        needs_worlds = any(markers_of(item, marker) or _uses_worlds(item) for item in session.items)
+        if self._problem and self._options.adopt and session.items:
+            self._refuse()
+        if needs_worlds:
             if self._problem:
                 self._refuse()
             self.is_active = self.launch is not None

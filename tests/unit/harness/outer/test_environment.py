@@ -99,7 +99,7 @@ def test_no_launcher_of_several_ranks(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "outer", [SRUN, OPEN_MPI, {"PMI_RANK": "0", "PMI_SIZE": "2"}], ids=["srun", "openmpi", "mpich"]
 )
-def test_a_torchrun_on_each_node_counts_not_what_started_it(outer: dict[str, str]) -> None:
+def test_a_torchrun_on_each_node_counts_and_not_its_own_launcher(outer: dict[str, str]) -> None:
     launch = read_environment(outer | TORCHRUN)
     assert launch is not None
     assert (launch.launcher, launch.rank, launch.size) == ("torchrun", 5, 8)

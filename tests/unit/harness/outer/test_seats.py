@@ -380,7 +380,7 @@ def test_a_seat_has_ranks_of_its_own_name_and_folder(
         until(lambda: launcher.acts == ["stacks of 7:1"])
 
 
-def test_what_a_rank_has_left_comes_before_its_end(controller: Controller) -> None:
+def test_the_files_of_a_rank_come_before_its_end(controller: Controller) -> None:
     launcher, rank = launch_rank(controller)
     os.write(launcher.fds[1], b"out" + bytes(100_000) + b"end")
     os.write(launcher.fds[4], b"draws")
