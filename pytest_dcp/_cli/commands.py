@@ -8,7 +8,6 @@ checkpoints are printed without control characters, and no code of a checkpoint 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from pytest_dcp._cli.arguments import Json, Source, print_json
 from pytest_dcp._cli.exit_codes import FOUND, report_refusals
+from pytest_dcp._cli.layout_page.command import write_page
+from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
 from pytest_dcp._engine.conversion.to_dcp import to_dcp
 from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
@@ -40,8 +42,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 fine; 1 differences or problems were found; 2 refused, one line on "
     "stderr says why; 130 interrupted.",
 )
-Source = Annotated[str, typer.Argument(help="A folder, a file or a URL.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 SHOWN = 20
 """Differences in a terminal."""
 
@@ -80,7 +80,7 @@ def list_names(
             found.sort(key=lambda lazy: -lazy.nbytes)
         found = found[: top or None]
         if as_json:
-            _print_json(_describe_checkpoint(checkpoint) | {"names": list(map(_describe, found))})
+            print_json(_describe_checkpoint(checkpoint) | {"names": list(map(_describe, found))})
         elif tree:
             for line in _tree_lines(found):
                 print(line)
@@ -93,23 +93,40 @@ def list_names(
 @app.command("show")
 def show_name(
     source: Source,
-    name: Annotated[str, typer.Argument(help="The flat name of a tensor or value.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The flat name of a tensor or value; for --html also a pattern."),
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", help="Write the layout to this file, as a page.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Names in the page: the largest.", min=1)] = MOST_NAMES,
     as_json: Json = False,
 ) -> None:
-    """Show a tensor's layout and statistics, or a value."""
-    with report_refusals(), open_checkpoint(source) as checkpoint:
+    """Show a tensor's layout and statistics, or a value; or make a page of the whole layout."""
+    with report_refusals():
+        if html is not None:
+            write_page(source, name or "*", html, top, as_json=as_json)
+        elif name is None:
+            raise ValueError("show takes a name, which `ls` lists, or --html FILE")
+        else:
+            _show_name(source, name, as_json=as_json)
+
+
+def _show_name(source: str, name: str, *, as_json: bool) -> None:
+    with open_checkpoint(source) as checkpoint:
         lazy = checkpoint[name]
         if not isinstance(lazy, LazyTensor):
             value = lazy.value()
             if as_json:
-                _print_json(_describe(lazy) | {"value": repr(value)})
+                print_json(_describe(lazy) | {"value": repr(value)})
             else:
                 print(f"{plain_text(name)}: {plain_text(repr(value))}")
             return
         statistics = asdict(measure_tensor(lazy))
         if as_json:
             shards = [asdict(shard) for shard in lazy.shards]
-            _print_json(_describe(lazy) | {"layout": shards, "statistics": statistics})
+            print_json(_describe(lazy) | {"layout": shards, "statistics": statistics})
             return
         console = Console()
         print(f"{plain_text(name)}: {lazy.dtype} of {tuple(lazy.shape)}, {show_bytes(lazy.nbytes)}")
@@ -128,7 +145,7 @@ def verify(source: Source, as_json: Json = False) -> None:
         with _progress("checking", len(checkpoint), quiet=as_json) as report:
             found = verify_checkpoint(checkpoint, report)
         if as_json:
-            _print_json(_describe_checkpoint(checkpoint) | asdict(found))
+            print_json(_describe_checkpoint(checkpoint) | asdict(found))
         else:
             for problem in found.problems:
                 where = "" if problem.name is None else f"{plain_text(problem.name)}: "
@@ -156,7 +173,7 @@ def diff(
         with _progress("comparing", len(one), quiet=as_json) as report:
             found = compare_checkpoints(one, other, read=not checksums, report=report)
         if as_json:
-            _print_json(asdict(found) | {"bytes_read": one.bytes_read + other.bytes_read})
+            print_json(asdict(found) | {"bytes_read": one.bytes_read + other.bytes_read})
         else:
             _print_lines("only in the first", found.only_in_first)
             _print_lines("only in the second", found.only_in_second)
@@ -204,7 +221,7 @@ def convert(
         else:
             report = to_dcp(source, target, **options)
         if as_json:
-            _print_json(asdict(report) | {"target": target, "format": kind.value})
+            print_json(asdict(report) | {"target": target, "format": kind.value})
         else:
             left_out = f", {len(report.left_out)} values left out" if report.left_out else ""
             print(
@@ -285,10 +302,6 @@ def _print_lines(title: str, names: tuple[str, ...]) -> None:
         print(f"{title}: {plain_text(name)}")
     if len(names) > SHOWN:
         print(f"{title}: {len(names) - SHOWN} more")
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=2, default=str))
 
 
 def _show_number(value: float | None) -> str:

@@ -1,0 +1,1 @@
+"""`show --html`: a checkpoint's layout as one page that needs nothing but a browser."""
