@@ -35,9 +35,8 @@ from pytest_dcp._harness.controller.lease_errors import (
 )
 from pytest_dcp._harness.outer.meeting import MeetingError
 from pytest_dcp._harness.outer.seat import ControllerLostError
-from pytest_dcp._harness.outer.seat_messages import SeatWireError
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.protocol.launcher import LauncherLostError
-from pytest_dcp._harness.protocol.messages import WireError
 from pytest_dcp._harness.rank.channel import ControllerGoneError
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -126,7 +125,6 @@ SAMPLES: dict[type[DcpError], DcpError] = {
     RemoteError: RemoteError("foo.Bar", "foo.Bar: it broke"),
     MeetingError: MeetingError("rank 1 did not reach the store"),
     ControllerLostError: ControllerLostError("the connection to rank 0 has ended"),
-    SeatWireError: SeatWireError("a frame of 2 GB"),
     LeaseFolderRejected: LeaseFolderRejected(Path("/tmp/leases"), ("is a link", "is not ours")),
 }
 

@@ -37,13 +37,13 @@ from pytest_dcp._harness.outer.seat_messages import (
     Verdict,
     encode_seat_message,
 )
+from pytest_dcp._harness.protocol.frames import HEADER, WireError
 from pytest_dcp._harness.protocol.launcher import (
     Launcher,
     LauncherLostError,
     RankLaunch,
     StopChange,
 )
-from pytest_dcp._harness.protocol.messages import HEADER, WireError
 from pytest_dcp._harness.world.rank_handle import DRAWS_BYTES, END_BYTES, RankEnd
 from pytest_dcp.errors import DcpError, WorldError
 

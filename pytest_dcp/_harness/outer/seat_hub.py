@@ -38,10 +38,10 @@ from pytest_dcp._harness.outer.seat_messages import (
     SeatMessage,
     SeatNote,
     SeatReady,
-    SeatWireError,
     ToRank,
     encode_seat_message,
 )
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.protocol.launcher import ProcessExit, RankFds, StopChange
 
 CLOCK_ROUNDS = 5
@@ -309,7 +309,7 @@ class SeatHub:
             messages = seat.decoder.feed(data) if data else []
             for message in messages:
                 self._hear(seat, message)
-        except SeatWireError as error:
+        except WireError as error:
             self._lose(seat, f"sent what is no message: {error}")
             return
         if not data:
@@ -337,7 +337,7 @@ class SeatHub:
             case SeatJoin():
                 self._admit(seat, message)
             case _ if seat.join is None:
-                raise SeatWireError(f"a {type(message).__name__} before it has joined")
+                raise WireError(f"a {type(message).__name__} before it has joined")
             case ClockReply():
                 self._take_clock(seat, message)
             case SeatReady():
@@ -357,7 +357,7 @@ class SeatHub:
         is_expected = secrets.compare_digest(join.token, self.token)
         is_free = 0 <= join.rank < self.size and join.rank not in self._state.seats
         if not is_expected or not is_free or seat.join is not None:
-            raise SeatWireError("a process that does not belong to this session")
+            raise WireError("a process that does not belong to this session")
         self._state.strangers.remove(seat)
         seat.join, seat.decoder.most_bytes = join, MAX_FRAME_BYTES
         self._state.seats[join.rank] = seat

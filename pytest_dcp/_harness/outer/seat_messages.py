@@ -57,13 +57,10 @@ launcher's store can take part, as in torch's own rendezvous.
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
-from pytest_dcp._harness.protocol.typed_json import Read, reader_for
-from pytest_dcp.errors import DcpError
+from pytest_dcp._harness.protocol.frames import FrameDecoder, MessageCodec
 
 JOIN_S = 600.0
 """How much later than the first rank the last may have collected: a slow disk takes minutes."""
@@ -74,14 +71,9 @@ CONTROLLER_LOST_CODE = 2
 """pytest.ExitCode.INTERRUPTED."""
 
 SignalAct = Literal["stacks", "interrupt", "kill", "pause", "resume"]
-HEADER = struct.Struct(">II")
 MAX_FRAME_BYTES = 1 << 30
 MAX_STRANGER_BYTES = 64 << 20
 """Of a connection that has not joined: a collection of some 100,000 tests fits."""
-
-
-class SeatWireError(DcpError):
-    """Bytes that are not a message of a seat or a controller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,63 +239,16 @@ SeatMessage = (
 )  # fmt: skip
 RANK_FILES = ("out", "err", "trace", "draws")
 
-_CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in SeatMessage.__args__}
-_READERS: dict[str, dict[str, Read]] = {
-    name: {
-        key: reader_for(annotation)
-        for key, annotation in get_type_hints(cls).items()
-        if key != "payload"
-    }
-    for name, cls in _CLASSES.items()
-}
+_CODEC: MessageCodec[SeatMessage] = MessageCodec(SeatMessage.__args__)
 
 
 def encode_seat_message(message: SeatMessage) -> bytes:
     """The message as one frame."""
-    body = asdict(message)
-    payload: bytes = body.pop("payload", b"")
-    text = json.dumps([type(message).__name__, body]).encode("ascii")
-    return HEADER.pack(len(text), len(payload)) + text + payload
+    return _CODEC.encode(message, MAX_FRAME_BYTES)
 
 
-@dataclass(slots=True)
-class SeatDecoder:
+class SeatDecoder(FrameDecoder[SeatMessage]):
     """Bytes as they arrive -> whole messages. One for each connection."""
 
-    most_bytes: int = MAX_FRAME_BYTES
-    buffer: bytearray = field(default_factory=bytearray)
-
-    def feed(self, data: bytes) -> list[SeatMessage]:
-        """The messages completed by `data`. Raises `SeatWireError` on anything else."""
-        self.buffer += data
-        messages = []
-        while (message := self._take()) is not None:
-            messages.append(message)
-        return messages
-
-    def _take(self) -> SeatMessage | None:
-        if len(self.buffer) < HEADER.size:
-            return None
-        text_bytes, payload_bytes = HEADER.unpack_from(self.buffer)
-        if text_bytes + payload_bytes > self.most_bytes:
-            raise SeatWireError(f"a frame claims {text_bytes + payload_bytes} bytes")
-        end = HEADER.size + text_bytes + payload_bytes
-        if len(self.buffer) < end:
-            return None
-        text = bytes(self.buffer[HEADER.size : HEADER.size + text_bytes])
-        payload = bytes(self.buffer[HEADER.size + text_bytes : end])
-        del self.buffer[:end]
-        return _build_seat_message(text, payload)
-
-
-def _build_seat_message(text: bytes, payload: bytes) -> SeatMessage:
-    try:
-        name, body = json.loads(text.decode())
-        readers = _READERS[name]
-        values = {key: readers[key](value) for key, value in body.items()}
-        if payload:
-            values["payload"] = payload
-        message: SeatMessage = _CLASSES[name](**values)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise SeatWireError(f"not a message: {text[:80]!r}: {exc!s:.200}") from exc
-    return message
+    def __init__(self, most_bytes: int = MAX_FRAME_BYTES) -> None:
+        super().__init__(_CODEC, most_bytes)

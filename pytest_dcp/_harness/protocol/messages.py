@@ -1,47 +1,22 @@
-"""Messages between ranks and the controller, and the wire codec.
-
-Enters: message values. Leaves: frames on a stream socket, and back. A frame is two big-endian
-u32 lengths, a JSON object, and raw bytes:
-
-    u32 json_bytes | u32 payload_bytes | json | payload
-
-The JSON names the message's class and its fields, except fields with their default; only `payload`
-is binary, and only its receiver unpickles it. A frame that does not decode, or whose fields are not
-of the types that the class names, is a `WireError`. Bytes that cannot begin a frame are refused
-before the rest arrives.
-"""
+"""Messages between ranks and the controller; `frames` says how they cross a socket."""
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
+from pytest_dcp._harness.protocol.frames import FrameDecoder, MessageCodec
 from pytest_dcp._harness.protocol.group_use import PlainGroups
-from pytest_dcp._harness.protocol.typed_json import Read, reader_for
-from pytest_dcp.errors import DcpError
 
 Phase = Literal["boot", "setup", "call", "teardown", "finish"]
 RankOutcome = Literal["passed", "failed", "skipped", "xfailed", "exit", "interrupt"]
 Place = Literal["preparing", "ready", "reporting", "failing", "agreed", "interrupted"]
 FaultAct = Literal["kill", "pause", "resume", "look"]
 
-HEADER = struct.Struct(">II")
-OPENING = b'["'
-"""The beginning of every frame's JSON."""
-PLAIN_DEPTH = 50
-"""pytest's reports nest to about 10."""
 MAX_FRAME_BYTES = 1 << 30
 """A longer frame comes from a broken peer and is refused."""
-SHOWN_BYTES = 80
-"""Bytes shown in an error about something that is not a message."""
 NOT_THERE = -1
 """In `Met.sizes`, for a rank that was not waited for: the test had it killed or stopped."""
-
-
-class WireError(DcpError):
-    """Bytes that are not one of our messages."""
 
 
 class RecordedWarning(TypedDict):
@@ -271,106 +246,21 @@ Up = Done | At | SubReport | Exchange | DebugAsk | DebugDone | Announce | FaultA
 Down = RunItem | Go | CallFunction | RunProcess | Example | Met | DebugAnswer | FaultAnswer | Leave
 Message = Up | Down
 
-_CLASSES: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (
+_CODEC: MessageCodec[Message] = MessageCodec(
+    (
         Done, At, SubReport, Exchange, DebugAsk, DebugDone, Announce, FaultAsk,
         RunItem, Go, CallFunction, RunProcess, Example, Met, DebugAnswer, FaultAnswer, Leave,
     )
-}  # fmt: skip
-# Looked up once: a test in a world of four costs two dozen frames.
-_DEFAULTS = {cls: [(f.name, f.default) for f in fields(cls)] for cls in _CLASSES.values()}
-_READERS: dict[type[Any], dict[str, Read]] = {
-    cls: {
-        name: reader_for(annotation)
-        for name, annotation in get_type_hints(cls).items()
-        if name != "payload"
-    }
-    for cls in _CLASSES.values()
-}
-_ENCODER = json.JSONEncoder(default=repr)
+)  # fmt: skip
 
 
 def encode(message: Message) -> bytes:
     """The message as one frame."""
-    body: dict[str, Any] = {
-        name: value
-        for name, default in _DEFAULTS[type(message)]
-        if (value := getattr(message, name)) is not default
-    }
-    payload: bytes = body.pop("payload", b"")
-    name = type(message).__name__
-    try:
-        text = _ENCODER.encode([name, body]).encode("ascii")
-    except (TypeError, ValueError, RecursionError):  # a test's own values: odd keys, a cycle
-        text = json.dumps([name, _plain(body)]).encode("ascii")
-    if len(text) + len(payload) > MAX_FRAME_BYTES:
-        raise WireError(
-            f"a {type(message).__name__} of {len(text) + len(payload)} bytes is longer than "
-            f"{MAX_FRAME_BYTES}"
-        )
-    return HEADER.pack(len(text), len(payload)) + text + payload
+    return _CODEC.encode(message, MAX_FRAME_BYTES)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The value in a form that JSON can carry; other values, and too deeply nested ones, as their
-    repr.
-    """
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if depth < PLAIN_DEPTH:
-        if isinstance(value, dict):
-            return {
-                key if isinstance(key, str) else repr(key): _plain(part, depth + 1)
-                for key, part in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [_plain(part, depth + 1) for part in value]
-    try:
-        return repr(value)
-    except Exception as exc:  # noqa: BLE001 - user code: any exception only becomes text here
-        return f"<{type(value).__name__} whose repr raised {type(exc).__name__}>"
+class Decoder(FrameDecoder[Message]):
+    """Bytes as they arrive -> whole messages; one per stream."""
 
-
-@dataclass(slots=True)
-class Decoder:
-    """Bytes as they arrive -> whole messages. Sans-I/O; one per stream."""
-
-    buffer: bytearray = field(default_factory=bytearray)
-
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages completed by `data`. Raises `WireError` on anything else."""
-        self.buffer += data
-        messages = []
-        while (message := self._take()) is not None:
-            messages.append(message)
-        return messages
-
-    def _take(self) -> Message | None:
-        if len(self.buffer) < HEADER.size:
-            return None
-        text_bytes, payload_bytes = HEADER.unpack_from(self.buffer)
-        if text_bytes + payload_bytes > MAX_FRAME_BYTES:
-            raise WireError(f"a frame claims {text_bytes + payload_bytes} bytes")
-        opening = self.buffer[HEADER.size : HEADER.size + len(OPENING)]
-        if text_bytes < len(OPENING) or not OPENING.startswith(opening):
-            raise WireError(f"not the beginning of a message: {bytes(self.buffer[:SHOWN_BYTES])!r}")
-        end = HEADER.size + text_bytes + payload_bytes
-        if len(self.buffer) < end:
-            return None
-        text = bytes(self.buffer[HEADER.size : HEADER.size + text_bytes])
-        payload = bytes(self.buffer[HEADER.size + text_bytes : end])
-        del self.buffer[:end]
-        return _build(text, payload)
-
-
-def _build(text: bytes, payload: bytes) -> Message:
-    try:
-        name, body = json.loads(text.decode())
-        cls = _CLASSES[name]
-        readers = _READERS[cls]
-        values = {key: readers[key](value) for key, value in body.items()}
-        message: Message = cls(**values, payload=payload) if payload else cls(**values)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise WireError(f"not a message: {text[:SHOWN_BYTES]!r}: {exc!s:.200}") from exc
-    return message
+    def __init__(self) -> None:
+        super().__init__(_CODEC, MAX_FRAME_BYTES)

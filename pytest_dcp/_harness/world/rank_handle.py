@@ -18,9 +18,10 @@ import selectors
 import socket
 import struct
 
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.protocol.launcher import RankFds
 from pytest_dcp._harness.protocol.linux import command_of
-from pytest_dcp._harness.protocol.messages import Decoder, WireError
+from pytest_dcp._harness.protocol.messages import Decoder
 
 END_BYTES = 1 << 15
 DRAWS_BYTES = 1 << 24

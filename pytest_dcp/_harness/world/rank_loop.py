@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pytest_dcp._harness.protocol import linux
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.protocol.launcher import (
     Launcher,
     LauncherLostError,
@@ -24,7 +25,6 @@ from pytest_dcp._harness.protocol.messages import (
     DebugAnswer,
     SubReport,
     Up,
-    WireError,
     encode,
 )
 from pytest_dcp._harness.world.controller_interrupts import Interrupts

@@ -18,7 +18,6 @@ from pytest_dcp._harness.outer.seat import ControllerLostError, Seat
 from pytest_dcp._harness.outer.seat_hub import CLOCK_ROUNDS, SeatHub
 from pytest_dcp._harness.outer.seat_link import SeatLink
 from pytest_dcp._harness.outer.seat_messages import (
-    HEADER,
     ClockAsk,
     ClockReply,
     FromRank,
@@ -31,12 +30,12 @@ from pytest_dcp._harness.outer.seat_messages import (
     SeatMessage,
     SeatNote,
     SeatReady,
-    SeatWireError,
     SignalRank,
     ToRank,
     Verdict,
     encode_seat_message,
 )
+from pytest_dcp._harness.protocol.frames import HEADER, WireError
 from pytest_dcp._harness.protocol.launcher import (
     LauncherLostError,
     OuterPlace,
@@ -141,7 +140,7 @@ def test_frames_arrive_as_they_were_sent_also_in_pieces(message: SeatMessage) ->
     ],
 )
 def test_other_bytes_are_no_frames(data: bytes) -> None:
-    with pytest.raises(SeatWireError):
+    with pytest.raises(WireError):
         SeatDecoder().feed(data)
 
 

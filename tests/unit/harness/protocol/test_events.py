@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_dcp._harness.protocol import messages as events
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.protocol.messages import (
     NOT_THERE,
     Announce,
@@ -39,7 +40,6 @@ from pytest_dcp._harness.protocol.messages import (
     RunItem,
     RunProcess,
     SubReport,
-    WireError,
     encode,
 )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pytest_dcp._harness.protocol.messages import WireError
+from pytest_dcp._harness.protocol.frames import WireError
 from pytest_dcp._harness.world.rank_handle import DRAWS_BYTES, RankEnd
 
 
