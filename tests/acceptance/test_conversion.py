@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder
@@ -25,6 +25,7 @@ from pytest_dcp._engine.io.local_file import LocalOut
 from pytest_dcp.checkpoint import convert
 from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.faults import FaultyStorage
+from support.checkpoint_formats import VALUES, nest_model, save_in_each_format
 from support.states import bits, numbered, same, torch_dcp
 
 pytestmark = [
@@ -32,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
 ENDS = re.compile("No space left|KeyboardInterrupt")
-VALUES = {"step": 7, "lr": [0.1, 0.2], "name": "run"}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -47,23 +47,10 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def nested() -> dict[str, Any]:
-    model = {name.removeprefix("model."): tensor for name, tensor in tensors().items()}
-    return {"model": model, **VALUES}
-
-
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One checkpoint of each format."""
-    folder = tmp_path_factory.mktemp("samples")
-    dcp.save(nested(), checkpoint_id=folder / "ours")
-    torch_dcp.save(nested(), checkpoint_id=folder / "torchs")
-    torch.save(nested(), folder / "state.pt")
-    save_file(tensors(), folder / "one.safetensors")
-    numbers = {name: 1 + n % 3 for n, name in enumerate(tensors())}
-    writer = dcp.HuggingFaceStorageWriter(str(folder / "hf"), fqn_to_index_mapping=numbers)
-    dcp.save(tensors(), storage_writer=writer)
-    return folder
+    return save_in_each_format(tmp_path_factory.mktemp("samples"), tensors())
 
 
 SOURCES = ["ours", "torchs", "state.pt", "one.safetensors", "hf"]
@@ -135,7 +122,7 @@ class TestFormats:
         report = convert.to_torch_save(samples / source, tmp_path / "state.pt")
         found = torch.load(tmp_path / "state.pt", weights_only=True)
         is_flat = "safetensors" in source or source == "hf"
-        assert equal_bits(found, tensors()) if is_flat else same(found, nested())
+        assert equal_bits(found, tensors()) if is_flat else same(found, nest_model(tensors()))
         assert report.values == (0 if is_flat else len(VALUES))
         assert os.listdir(tmp_path) == ["state.pt"]
 
@@ -174,7 +161,7 @@ class TestFormats:
             assert found["optim"]["state"].keys() == {0, 1}
 
     def test_a_checkpoint_can_be_converted_in_its_own_folder(self, tmp_path: Path) -> None:
-        torch_dcp.save(nested(), checkpoint_id=tmp_path)
+        torch_dcp.save(nest_model(tensors()), checkpoint_id=tmp_path)
         convert.to_dcp(tmp_path, tmp_path, dtype=torch.float64)
         assert read_dcp(tmp_path)["model.layers.0.wq"].dtype is torch.float64
         assert "__0_0.distcp" not in os.listdir(tmp_path)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp.errors import (
@@ -26,6 +25,7 @@ from pytest_dcp.errors import (
     UntrustedPickleError,
 )
 from pytest_dcp.faults.hostile.folders import hostile_folders
+from support.checkpoint_formats import VALUES, save_in_each_format
 from support.states import bits, numbered, same, torch_dcp
 
 pytestmark = [
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
 DTYPES = [torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint16]
-VALUES = {"step": 7, "lr": [0.1, 0.2], "name": "run"}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -46,22 +45,10 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def nested() -> dict[str, Any]:
-    model = {name.removeprefix("model."): tensor for name, tensor in tensors().items()}
-    return {"model": model, **VALUES}
-
-
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One checkpoint of each format, and files that are none."""
-    folder = tmp_path_factory.mktemp("samples")
-    dcp.save(nested(), checkpoint_id=folder / "ours")
-    torch_dcp.save(nested(), checkpoint_id=folder / "torchs")
-    torch.save(nested(), folder / "state.pt")
-    save_file(tensors(), folder / "one.safetensors")
-    numbers = {name: 1 + n % 3 for n, name in enumerate(tensors())}
-    writer = dcp.HuggingFaceStorageWriter(str(folder / "hf"), fqn_to_index_mapping=numbers)
-    dcp.save(tensors(), storage_writer=writer)
+    folder = save_in_each_format(tmp_path_factory.mktemp("samples"), tensors())
     shards = dcp.HuggingFaceStorageWriter(str(folder / "shards"), save_distributed=True)
     dcp.save(tensors(), storage_writer=shards)
     return folder
