@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,9 @@ from pytest_dcp.errors import CheckpointError, UntrustedPickleError
 CheckLevel = Literal["sizes", "checksums"]
 
 
-def find_problem(folder: Folder, checkpoint_id: Any, level: CheckLevel) -> str | None:
+def find_problem(
+    folder: Folder, checkpoint_id: Any, level: CheckLevel, storage_options: Mapping[str, Any]
+) -> str | None:
     """Why a checkpoint is not whole, in words; None if nothing is wrong with it.
 
     level: "sizes": the index is undamaged, and each file that it names is there and long enough;
@@ -31,7 +35,7 @@ def find_problem(folder: Folder, checkpoint_id: Any, level: CheckLevel) -> str |
         places = read_catalog(folder, METADATA).places
         problem = _problem_of_files(folder, places)
         if problem is None and level == "checksums":
-            _read_all(checkpoint_id)
+            _read_all(checkpoint_id, storage_options)
     except FileNotFoundError:
         return f"it has no {METADATA}: its save has not ended"
     except CheckpointError as error:
@@ -54,8 +58,9 @@ def _problem_of_files(folder: Folder, places: EntryPlaces) -> str | None:
     return None
 
 
-def _read_all(checkpoint_id: Any) -> None:
-    with open_checkpoint(checkpoint_id, verify="full") as checkpoint:
+def _read_all(checkpoint_id: Any, storage_options: Mapping[str, Any]) -> None:
+    options = None if isinstance(checkpoint_id, Path) else storage_options
+    with open_checkpoint(checkpoint_id, verify="full", storage_options=options) as checkpoint:
         for lazy in checkpoint.values():
             if isinstance(lazy, LazyTensor):
                 lazy.tensor()

@@ -22,62 +22,39 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path, PurePath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import filelock
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.coordinate import OperationCall, team_of
-from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.plan.match_keys import LoadReport
-from pytest_dcp._engine.steps.inspect_step import CheckLevel, find_problem
+from pytest_dcp._engine.steps.inspect_step import CheckLevel
+from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.retention import BestSteps, Direction, RetentionPolicy, require_count
-from pytest_dcp._engine.steps.step_folders import StepFolders, step_name
-from pytest_dcp._engine.storages.local_filesystem import disk_of
+from pytest_dcp._engine.steps.run_lock import RunLock
+from pytest_dcp._engine.steps.run_place import RunPlace
+from pytest_dcp._engine.steps.step_folders import LAST_STEP
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError, CheckpointExistsError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+)
 from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
     from typing_extensions import Self
 
 T = TypeVar("T")
-LOCK = ".steps.lock"
-ASIDE = "not-whole"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step of a run, as it was found."""
-
-    number: int
-    metrics: Mapping[str, float]
-    saved_at: datetime | None
-    """When its save began, by the coordinator's clock."""
-    problem: str | None
-    """Why it is not whole; None if it is."""
-    is_verified: bool
-    """Whether this process has checked every byte of it."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it can be loaded, as far as it was checked."""
-        return self.problem is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +113,15 @@ class CheckpointManager:
         self.policy = RetentionPolicy(
             keep_last, keep_every, None if best is None else BestSteps(*best)
         )
-        self._folders = _folders_of(folder, dict(storage_options or {}))
-        self._check: CheckLevel = check
+        place = RunPlace(folder, dict(storage_options or {}))
+        self._opened_steps = KnownSteps(place, self.policy, check)
+        self._run = str(self._opened_steps.folders)
+        self._process = os.getpid()
         self._group = process_group
         self._no_dist = no_dist or not (dist.is_available() and dist.is_initialized())
-        self._damaged: dict[int, str] = {}
-        """Steps in which a load of this process found damage."""
-        self._verified: set[int] = set()
         self._warned: set[tuple[int, str]] = set()
         self._running: dict[int, Future[Any]] = {}
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock = RunLock()
 
     # Saving.
 
@@ -169,7 +145,7 @@ class CheckpointManager:
         self.wait()
         self._begin(step, metrics)
         with self._knowing_it_is_alone():
-            save(state_dict, **self._place_of(step), **self._together(), **keywords)
+            save(state_dict, **self._target(step, keywords), **self._together())
         self._end(step)
         self._remove_old()
 
@@ -190,7 +166,7 @@ class CheckpointManager:
         self.wait()
         self._begin(step, metrics)
         with self._knowing_it_is_alone():
-            running = async_save(state_dict, **self._place_of(step), **self._together(), **keywords)
+            running = async_save(state_dict, **self._target(step, keywords), **self._together())
         if isinstance(running, AsyncSaveResponse):
             self._running[step] = running.upload_completion
         else:
@@ -200,7 +176,7 @@ class CheckpointManager:
     @drop_inner_frames
     def wait(self) -> None:
         """Return when no save runs any more; raises the error of one that failed. Collective."""
-        while self._running:
+        while self._running_saves():
             step, future = self._running.popitem()
             future.result()
             self._end(step)
@@ -221,7 +197,8 @@ class CheckpointManager:
         """Load the newest whole step; None if there is no step at all. Collective.
 
         A step that turns out to be damaged is passed over, and the one before is loaded; rank 0
-        warns, once for each step, and says what is wrong with it.
+        warns, once for each step, and says what is wrong with it. A step that another process
+        removes meanwhile is passed over without a word.
 
         keywords: of `pytest_dcp.checkpoint.load`.
 
@@ -236,12 +213,15 @@ class CheckpointManager:
                 return None
             try:
                 with self._knowing_it_is_alone():
-                    report = load(
-                        state_dict, **self._place_of(step.number), **self._together(), **keywords
-                    )
-            except CheckpointCorruptError as error:
-                self._damaged[step.number] = str(error)
-                continue  # and warn of it there
+                    source = self._source(step.number, keywords)
+                    report = load(state_dict, **source, **self._together())
+            except (OSError, CheckpointError) as error:
+                if self._has_index(step.number):
+                    if not isinstance(error, CheckpointCorruptError):
+                        raise
+                    # The next look passes it over, and warns.
+                    self._steps.note_damage(step.number, str(error))
+                continue
             return LoadedStep(step.number, step.metrics, report)
 
     @drop_inner_frames
@@ -250,10 +230,7 @@ class CheckpointManager:
 
         check: for this call; None: the manager's.
         """
-        return self._ask(
-            "list the steps",
-            lambda: [self._look_at(step, check) for step in self._folders.numbers()],
-        )
+        return self._ask("list the steps", lambda: self._steps.list_steps(check))
 
     @drop_inner_frames
     def remove_after(self, step: int) -> list[int]:
@@ -265,18 +242,19 @@ class CheckpointManager:
         self.wait()
 
         def remove() -> list[int]:
-            found = self._look_at(step, None)
+            steps = self._steps
+            found = steps.look_at(step, None)
             if not found.is_whole:
-                raise ValueError(f"step {step} in {self._folders} is not whole: {found.problem}")
-            later = [number for number in self._folders.numbers() if number > step]
-            self._take_lock()
+                raise ValueError(f"step {step} in {self._run} is not whole: {found.problem}")
+            later = [number for number in steps.folders.numbers() if number > step]
+            self._lock.take(steps.folders)
             for number in reversed(later):
-                self._folders.remove(number)
+                steps.remove(number)
             return later
 
         removed = self._ask("remove later steps", remove)
         for number in removed:
-            self._damaged.pop(number, None)
+            self._steps.forget(number)
         return removed
 
     def close(self) -> None:
@@ -284,9 +262,7 @@ class CheckpointManager:
         try:
             self.wait()
         finally:
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -296,136 +272,86 @@ class CheckpointManager:
     ) -> None:
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock and the running saves: they are this process's."""
+        return self.__dict__ | {"_lock": RunLock(), "_running": {}}
+
     # One rank's part.
+
+    @property
+    def _steps(self) -> KnownSteps:
+        """What this process knows of the steps.
+
+        A child process begins anew: the connections, the lock and the running saves are its
+        parent's.
+        """
+        if self._process != os.getpid():
+            self._process, self._lock, self._running = os.getpid(), RunLock(), {}
+            self._opened_steps = KnownSteps(
+                self._opened_steps.place, self.policy, self._opened_steps.check
+            )
+        return self._opened_steps
+
+    def _running_saves(self) -> dict[int, Future[Any]]:
+        return self._running if self._process == os.getpid() else {}
 
     def _begin(self, step: int, metrics: Mapping[str, float] | None) -> None:
         numbers = _checked_metrics(metrics)
         require_count("step", step, least=0)
+        if step > LAST_STEP:
+            raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
 
         def begin() -> None:
-            self._take_lock()
-            self._require_after_newest(step)
-            self._move_aside(step)
-            self._folders.note_start(step, numbers)
+            steps = self._steps
+            self._lock.take(steps.folders)
+            steps.require_after_newest(step)
+            steps.move_aside(step)
+            steps.folders.note_start(step, numbers)
 
         self._ask(f"begin step {step}", begin)
-        self._damaged.pop(step, None)
+        self._steps.forget(step)
 
     def _end(self, step: int) -> None:
         if self._is_coordinator():
             try:
-                self._folders.note_end(step)
+                self._steps.folders.note_end(step)
             except OSError as error:
-                warn_caller(f"step {step} is saved, but {self._folders} is not noted so: {error}")
+                warn_caller(f"step {step} is saved, but {self._run} is not noted so: {error}")
 
     def _remove_old(self) -> None:
         """The coordinator's alone: a failure is a warning, since the step is saved."""
         if self.policy.keep_last is None or not self._is_coordinator():
             return
         try:
-            numbers = self._folders.numbers()
-            for step in numbers:
-                if self._folders.is_half_removed(step):
-                    self._folders.remove(step)
-            found = [self._look_at(step, None) for step in numbers]
-            whole = {step.number: step.metrics for step in found if step.is_whole}
-            for number in self.policy.steps_to_remove(whole):
-                self._folders.remove(number)
+            self._steps.remove_old(self.policy.keep_last)
         except (OSError, CheckpointError) as error:
-            warn_caller(f"old steps in {self._folders} were not removed: {error}")
+            warn_caller(f"old steps in {self._run} were not removed: {error}")
+
+    def _has_index(self, number: int) -> bool:
+        """Whether the step is still there, as the coordinator sees it."""
+        return self._ask("look again", lambda: self._steps.has_index(number))
 
     def _choose_latest(self) -> Step | None:
         """The newest whole step, as the coordinator sees it."""
-        step, problems = self._ask("look for the newest step", self._find_latest)
+        step, problems = self._ask("look for the newest step", self._steps.find_latest)
         if self._is_coordinator():
             for number, problem in problems.items():
                 self._warn_of_damage(number, problem)
         return step
 
-    def _find_latest(self) -> tuple[Step | None, dict[int, str]]:
-        """The newest whole step, and why later ones are not."""
-        problems: dict[int, str] = {}
-        for number in reversed(self._folders.numbers()):
-            step = self._look_at(number, None)
-            if step.problem is None:
-                return step, problems
-            if not self._folders.is_half_removed(number):
-                problems[number] = step.problem
-        return None, problems
-
-    def _look_at(self, number: int, check: CheckLevel | None) -> Step:
-        level = check or self._check
-        problem = self._damaged.get(number)
-        if problem is None and self._folders.is_half_removed(number):
-            problem = "its removal has not ended"
-        if problem is None and not (number in self._verified and level == "checksums"):
-            where = self._folders.checkpoint_id(number)
-            problem = find_problem(self._folders.folder(number), where, level)
-            if problem is None and level == "checksums":
-                self._verified.add(number)
-        notes = self._folders.notes(number)
-        verified = problem is None and number in self._verified
-        return Step(number, notes.metrics, notes.saved_at, problem, verified)
-
-    def _require_after_newest(self, step: int) -> None:
-        for number in reversed(self._folders.numbers()):
-            if number < step:
-                return
-            if self._look_at(number, None).is_whole:
-                again = "again" if number == step else f"after step {number}"
-                raise CheckpointExistsError(
-                    f"step {step} cannot be saved {again}: step {number} in {self._folders} is "
-                    f"whole; remove_after({min(step, number) - 1}) or of an earlier step removes it"
-                )
-
     def _require_none_lost(self) -> None:
         if lost := self.steps():
             problems = "; ".join(f"step {step.number}: {step.problem}" for step in lost)
             raise CheckpointCorruptError(
-                f"{self._folders} has steps, and none of them is whole ({problems}); to begin "
+                f"{self._run} has steps, and none of them is whole ({problems}); to begin "
                 "anew, move the folder away"
             )
-
-    def _move_aside(self, step: int) -> None:
-        """A folder of that number that is not whole: it is kept under another name."""
-        folder = self._folders.folder(step)
-        if not folder.names() or not isinstance(folder.disk, LocalDisk):
-            return
-        if self._folders.is_half_removed(step):
-            self._folders.remove(step)
-            return
-        aside = Path(self._folders.root.path) / ASIDE
-        aside.mkdir(exist_ok=True)
-        Path(folder.path).rename(aside / f"{step_name(step)}-{secrets.token_hex(4)}")
-        self._folders.root.sync()
 
     def _warn_of_damage(self, number: int, problem: str) -> None:
         if (number, problem) in self._warned:
             return
         self._warned.add((number, problem))
-        warn_caller(f"step {number} in {self._folders} is not whole and is passed over: {problem}")
-
-    def _take_lock(self) -> None:
-        """Keep other processes from saving in the folder, if it is local."""
-        root = self._folders.root
-        if self._lock is not None or not isinstance(root.disk, LocalDisk):
-            return
-        root.make()
-        path = Path(root.path) / LOCK
-        lock = filelock.FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout as error:
-            holder = ""
-            with suppress(OSError):
-                holder = path.read_text().strip()
-            raise CheckpointError(
-                f"another run saves in {self._folders}"
-                f"{f' ({holder})' if holder else ''}: one run at a time can"
-            ) from error
-        with suppress(OSError):
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock = lock
+        warn_caller(f"step {number} in {self._run} is not whole and is passed over: {problem}")
 
     # The ranks together.
 
@@ -433,7 +359,7 @@ class CheckpointManager:
         """The coordinator's decision, on every rank; its error, too, and its warnings there."""
         if self._no_dist:
             return decide()
-        call = OperationCall(f"steps of {self._folders}")
+        call = OperationCall(f"steps of {self._run}")
         team = team_of(self._group, call, use_dist=True, coordinator_rank=0)
         with team.wait_for_turn() as together:
             together.pickles = True
@@ -455,24 +381,13 @@ class CheckpointManager:
     def _together(self) -> dict[str, Any]:
         return {"process_group": self._group, "no_dist": self._no_dist}
 
-    def _place_of(self, step: int) -> dict[str, Any]:
-        return {"checkpoint_id": self._folders.checkpoint_id(step)}
+    def _target(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        steps = self._steps
+        return steps.place.for_saving(steps.folders.checkpoint_id(step)) | dict(keywords)
 
-
-def _folders_of(folder: str | os.PathLike[str], options: dict[str, Any]) -> StepFolders:
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise TypeError(f"the folder of a run is a path or a URL, got {folder!r}")
-    if isinstance(folder, PurePath) or "://" not in os.fspath(folder):
-        path = Path(os.path.abspath(folder))
-        return StepFolders(Folder(LocalDisk(), path), path)
-    from pytest_dcp._engine.storages.fsspec import FileSystem, open_filesystem
-
-    fs, path_or_url = open_filesystem(folder, options)
-    if not isinstance(fs, FileSystem):
-        path = Path(os.fspath(path_or_url))
-        return StepFolders(Folder(LocalDisk(), path), path)
-    own_path = fs.path_of[os.fspath(folder)]
-    return StepFolders(Folder(disk_of(fs), own_path), os.fspath(folder))
+    def _source(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        steps = self._steps
+        return steps.place.for_loading(steps.folders.checkpoint_id(step)) | dict(keywords)
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:

@@ -66,6 +66,10 @@ class RetentionPolicy:
         if self.keep_every is not None:
             require_count("keep_every=", self.keep_every, least=1)
 
+    def keeps_for_good(self, step: int) -> bool:
+        """Whether the step is kept whatever it is; with `best` its metrics matter to others."""
+        return self.best is None and self.keep_every is not None and step % self.keep_every == 0
+
     def steps_to_remove(self, whole: Mapping[int, Metrics]) -> list[int]:
         """The whole steps, given with their metrics, that no rule keeps; the oldest first."""
         if self.keep_last is None or not whole:

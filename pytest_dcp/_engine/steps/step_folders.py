@@ -2,7 +2,7 @@
 
     run/step-00000100/.metadata, *.distcp    the checkpoint, as `commit` describes it
     run/step-00000100/step.json              its metrics and time, written before the save commits
-    run/step-00000100/removal.json           its removal has begun
+    run/step-00000100/removal.json           its removal has begun, of these files
     run/latest.json                          the newest step that was saved
 
 A step is there from the moment at which its `.metadata` is, and gone when that is removed: nothing
@@ -13,8 +13,9 @@ then the folder. So after a crash
     after it                      the rest is no checkpoint; by the note the next removal knows that
                                   no save is going on here, and ends its work
 
-`latest.json` helps where a listing may be out of date: a store may omit new objects from a listing
-for a while. It only adds a candidate; its loss costs nothing.
+A store's listing may be out of date: it may omit new objects for a while, and show old ones that
+are gone. So `latest.json` names the newest step; it only adds a candidate, and its loss costs
+nothing. A removal also takes the names of the files from the index, and notes them for the next.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ from typing import Any
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.storages.folder_metadata import files_named
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 STEP_NAME = re.compile(r"step-(\d{1,18})")
+LAST_STEP = 10**18 - 1
+"""Of at most 18 digits, as `STEP_NAME` reads."""
 NOTES = "step.json"
 REMOVAL = "removal.json"
 LATEST = "latest.json"
@@ -134,18 +139,27 @@ class StepFolders:
         folder = self.folder(step)
         return folder.exists(REMOVAL) and not folder.exists(METADATA)
 
+    def is_gone(self, step: int) -> bool:
+        """Whether there is nothing of the step, though a listing may have shown it."""
+        folder = self.folder(step)
+        if isinstance(folder.disk, LocalDisk):
+            return not Path(folder.path).exists()
+        return not (folder.exists(METADATA) or folder.exists(NOTES))
+
     def remove(self, step: int) -> None:
         """Remove a step; readers that have opened its files go on reading, where files can."""
         folder = self.folder(step)
         self._own_steps.discard(step)
         if folder.exists(METADATA):
-            write_small(folder, REMOVAL, b"{}")
+            unlisted = _files_of_index(folder)
+            write_small(folder, REMOVAL, json.dumps({"files": unlisted}).encode())
             with folder.between_leases(METADATA):
                 folder.remove(METADATA)
             folder.sync()
-        for name in folder.names():
-            if name != REMOVAL:
-                folder.remove(name)
+        else:
+            unlisted = _files_of_removal(folder)
+        for name in {*folder.names(), *unlisted} - {REMOVAL}:
+            folder.remove(name)
         folder.remove(REMOVAL)
         if isinstance(folder.disk, LocalDisk):
             with suppress(OSError):  # a stranger's folder in it, or another job is there already
@@ -178,6 +192,27 @@ class StepFolders:
         return []
 
 
+def _files_of_index(folder: Folder) -> list[str]:
+    """The files of a step that a store's listing may lack."""
+    if isinstance(folder.disk, LocalDisk):
+        return []
+    with suppress(CheckpointError, FileNotFoundError):
+        return [NOTES, *filter(_is_plain_name, files_named(folder, METADATA))]
+    return [NOTES]
+
+
+def _files_of_removal(folder: Folder) -> list[str]:
+    with suppress(ValueError, TypeError, KeyError):
+        names = list(json.loads(read_small(folder, REMOVAL))["files"])
+        return [name for name in names if isinstance(name, str) and _is_plain_name(name)]
+    return []
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a file of this name is in the folder itself."""
+    return name not in ("", ".", "..") and "/" not in name
+
+
 def write_small(folder: Folder, name: str, content: bytes) -> None:
     """Replace a small file in one step, durably."""
     temporary = f"{name}.tmp" if folder.disk.renames else name
@@ -190,8 +225,8 @@ def write_small(folder: Folder, name: str, content: bytes) -> None:
 
 
 def read_small(folder: Folder, name: str) -> bytes:
-    """The bytes of a small file; none if it is missing or too large to be ours."""
-    with suppress(FileNotFoundError), folder.open(name) as file:
+    """The bytes of a small file; none if it is missing, or no file of ours: too large, a folder."""
+    with suppress(FileNotFoundError, CheckpointCorruptError), folder.open(name) as file:
         if file.size <= MOST_NOTES_BYTES:
             content = bytearray(file.size)
             count = file.read_into(0, memoryview(content))
