@@ -211,7 +211,7 @@ class TestRefusals:
             (["convert", "SAMPLE", "x.pt", "--dtype", "float"], ""),
             (["convert", "SAMPLE", "x.pt", "--dtype", "nonsense"], "name of a dtype of torch"),
             (["convert", "SAMPLE", "x.pt", "--include", "no.*"], "match nothing"),
-            (["convert", "SAMPLE", "no/folder/x.pt"], "No such file"),
+            (["convert", "SAMPLE", "no/folder/x.pt"], "folder is missing"),
             (["diff", "SAMPLE", "s9000://x/y"], "s9000"),
         ],
     )
