@@ -1,4 +1,4 @@
-"""The commands: `ls`, `show`, `verify`, `diff`, `convert`.
+"""The commands: `ls`, `show`, `verify`, `diff`, `convert`; `bisect` has a module of its own.
 
 Each opens its checkpoints, calls the engine, and prints the result.
 
@@ -9,8 +9,7 @@ checkpoints are printed without control characters, and no code of a checkpoint 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from pytest_dcp._cli.arguments import Json, Source, print_json
+from pytest_dcp._cli.bisect_command import bisect
 from pytest_dcp._cli.exit_codes import FOUND, report_refusals
 from pytest_dcp._cli.layout_page.command import write_page
 from pytest_dcp._cli.layout_page.facts import MOST_NAMES
+from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
 from pytest_dcp._engine.conversion.to_dcp import to_dcp
 from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
@@ -39,8 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look into checkpoints, check, compare and convert them. `pytest-dcp run SCRIPT` runs a "
     "program that uses torch.distributed.checkpoint on pytest_dcp's engine.",
-    epilog="Exit codes: 0 fine; 1 differences or problems were found; 2 refused, one line on "
-    "stderr says why; 130 interrupted.",
+    epilog="Exit codes: 0 fine; 1 differences or problems were found, or bisect found no step; "
+    "2 refused, one line on stderr says why; 130 interrupted.",
 )
 SHOWN = 20
 """Differences in a terminal."""
@@ -142,7 +142,7 @@ def _show_name(source: str, name: str, *, as_json: bool) -> None:
 def verify(source: Source, as_json: Json = False) -> None:
     """Read and check every byte; the exit code is 1 if there are problems."""
     with report_refusals(), open_checkpoint(source, verify="full") as checkpoint:
-        with _progress("checking", len(checkpoint), quiet=as_json) as report:
+        with show_progress("checking", len(checkpoint), quiet=as_json) as report:
             found = verify_checkpoint(checkpoint, report)
         if as_json:
             print_json(_describe_checkpoint(checkpoint) | asdict(found))
@@ -170,7 +170,7 @@ def diff(
 ) -> None:
     """Compare names, shapes, dtypes and elements; the exit code is 1 if they differ."""
     with report_refusals(), open_checkpoint(first) as one, open_checkpoint(second) as other:
-        with _progress("comparing", len(one), quiet=as_json) as report:
+        with show_progress("comparing", len(one), quiet=as_json) as report:
             found = compare_checkpoints(one, other, read=not checksums, report=report)
         if as_json:
             print_json(asdict(found) | {"bytes_read": one.bytes_read + other.bytes_read})
@@ -228,6 +228,9 @@ def convert(
                 f"{plain_text(target)}: {report.tensors} tensors, {report.values} values, "
                 f"{show_bytes(report.nbytes)}{left_out}"
             )
+
+
+app.command("bisect")(bisect)
 
 
 def _kind_of(target: str) -> TargetFormat:
@@ -306,15 +309,3 @@ def _print_lines(title: str, names: tuple[str, ...]) -> None:
 
 def _show_number(value: float | None) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-@contextmanager
-def _progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr if that is a terminal; called with each name."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda name: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda name: bar.advance(task)

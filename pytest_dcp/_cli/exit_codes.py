@@ -9,6 +9,8 @@ from contextlib import contextmanager
 FINE = 0
 FOUND = 1
 """`diff` found differences, `verify` problems."""
+NO_STEP = 1
+"""`bisect` found no step, as grep reports that no line matches."""
 REFUSED = 2
 """Wrong arguments, no checkpoint, a damaged one, a full disk: one line on stderr says what."""
 INTERRUPTED = 130

@@ -86,6 +86,17 @@ def compare_checkpoints(
     )
 
 
+def have_equal_elements(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether shape, dtype and the bits of all elements are the same; reads up to the first
+    difference, 32 MiB at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return not any(
+        bool(_find_unequal(one[index], other[index]).any())
+        for index in iterate_slabs(one.shape, one.dtype.itemsize)
+    )
+
+
 def _compare_facts(name: str, one: Lazy, other: Lazy) -> NameDifference | None:
     if type(one) is not type(other):
         return NameDifference(name, "a tensor on one side, a value on the other")

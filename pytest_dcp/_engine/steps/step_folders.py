@@ -102,9 +102,13 @@ class StepFolders:
 
     def checkpoint_id(self, step: int) -> Any:
         """The step's folder, as the verbs take it."""
+        return self.path_of(step_name(step))
+
+    def path_of(self, name: str) -> Any:
+        """A folder of the run, as the verbs take it."""
         if isinstance(self._checkpoint_id, Path):
-            return self._checkpoint_id / step_name(step)
-        return f"{str(self._checkpoint_id).rstrip('/')}/{step_name(step)}"
+            return self._checkpoint_id / name
+        return f"{str(self._checkpoint_id).rstrip('/')}/{name}"
 
     def folder(self, step: int) -> Folder:
         """The step's folder."""
@@ -112,7 +116,7 @@ class StepFolders:
 
     def numbers(self) -> list[int]:
         """All steps of which there is a folder, ascending: whole or not."""
-        numbers = map(number_of, self._folder_names())
+        numbers = map(number_of, self.folder_names())
         listed = {step for step in numbers if step is not None}
         unlisted = (self._own_steps | self._latest()) - listed
         return sorted(listed | {n for n in unlisted if self.folder(n).exists(METADATA)})
@@ -177,7 +181,8 @@ class StepFolders:
             return {step} if isinstance(step, int) and step >= 0 else set()
         return set()
 
-    def _folder_names(self) -> list[str]:
+    def folder_names(self) -> list[str]:
+        """All folders in the run's folder; none if it is missing."""
         disk, path = self.root.disk, self.root.path
         if isinstance(disk, LocalDisk):
             with suppress(FileNotFoundError):

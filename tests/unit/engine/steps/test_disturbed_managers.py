@@ -149,7 +149,7 @@ def test_a_step_that_only_a_listing_shows_is_none(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_steps(root, 1).close()
-    monkeypatch.setattr(StepFolders, "_folder_names", lambda self: [step_name(1), step_name(2)])
+    monkeypatch.setattr(StepFolders, "folder_names", lambda self: [step_name(1), step_name(2)])
     manager = manager_of(root)
     assert loaded_step(manager) == 1  # a warning would be an error here
     assert [step.number for step in manager.steps()] == [1]

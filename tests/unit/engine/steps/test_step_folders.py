@@ -50,7 +50,7 @@ def test_a_step_that_a_listing_lacks_is_found_by_the_note_of_the_latest(
 ) -> None:
     make_step(folders, 3)
     folders.note_end(3)
-    monkeypatch.setattr(StepFolders, "_folder_names", lambda self: [])
+    monkeypatch.setattr(StepFolders, "folder_names", lambda self: [])
     again = StepFolders(folders.root, folders.root.path)
     assert again.numbers() == [3]
 
