@@ -50,7 +50,7 @@ class ObjectDisk:
 
     def exists(self, folder: str, name: str) -> bool:
         self._look_anew(folder)
-        return bool(self.fs.exists(self._path(folder, name)))
+        return is_there(self.fs, self._path(folder, name))
 
     @contextlib.contextmanager
     def create(self, folder: str, name: str) -> Iterator[Out]:
@@ -104,6 +104,19 @@ class ObjectDisk:
 
     def _look_anew(self, folder: str) -> None:
         self.fs.invalidate_cache(self._folder(folder))
+
+
+def is_there(fs: Any, path: str) -> bool:
+    """Whether there is a file of this path; raises the error of a request that is refused.
+
+    fsspec's own `exists` answers False to any error, unless a file system has its own: then a
+    refused request would let a save overwrite a checkpoint.
+    """
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def renames(fs: Any) -> bool:

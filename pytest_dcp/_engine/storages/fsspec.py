@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystemBase, SerializationFormat
 
 from pytest_dcp._engine.io.checked_ranges import Verify
-from pytest_dcp._engine.io.object_disk import ObjectDisk
+from pytest_dcp._engine.io.object_disk import ObjectDisk, is_there
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
@@ -96,7 +96,7 @@ class FileSystem(FileSystemBase):
 
     def exists(self, path: Id) -> bool:
         self.fs.invalidate_cache(os.fspath(path))
-        return bool(self.fs.exists(os.fspath(path)))
+        return is_there(self.fs, os.fspath(path))
 
     def rm_file(self, path: Id) -> None:
         self.fs.rm_file(os.fspath(path))

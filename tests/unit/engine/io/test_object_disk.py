@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import object_disk
 from pytest_dcp._engine.io.object_disk import GAP_BYTES, GET_BYTES, ObjectDisk, renames, spans
 
@@ -156,6 +160,41 @@ def test_a_missing_file_is_a_file_not_found_error(disk: ObjectDisk) -> None:
     for name in ("f", ".metadata"):
         with pytest.raises(FileNotFoundError), disk.open("url://folder", name):
             pass
+
+
+def refuse_to_tell(patch: pytest.MonkeyPatch) -> None:
+    """A store that answers no question about a file, by fsspec's own `exists`."""
+
+    def info(self: Any, path: str, **keywords: Any) -> Any:
+        raise OSError("503 Slow Down")
+
+    patch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
+    patch.setattr(MemoryFileSystem, "info", info)
+
+
+def test_a_refused_request_does_not_mean_that_a_file_is_missing(
+    disk: ObjectDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(disk, "there", [b"1"])
+    assert disk.exists("url://folder", "there")
+    assert not disk.exists("url://folder", "other")
+    refuse_to_tell(monkeypatch)
+    with pytest.raises(OSError, match="503 Slow Down"):
+        disk.exists("url://folder", "there")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_refused_request_does_not_let_a_save_overwrite(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}"
+    writer = dcp.FsspecWriter(url, overwrite=False)
+    dcp.save({"w": torch.ones(2)}, storage_writer=writer)
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_to_tell(patch)
+        with pytest.raises(OSError, match="503 Slow Down"):
+            dcp.save({"w": torch.zeros(2)}, storage_writer=writer)
+    state = {"w": torch.zeros(2)}
+    dcp.load(state, checkpoint_id=url)
+    assert torch.equal(state["w"], torch.ones(2))
 
 
 def test_reads_near_each_other_are_fetched_ahead(disk: ObjectDisk, fs: Counting) -> None:
