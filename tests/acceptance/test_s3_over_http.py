@@ -270,6 +270,18 @@ def test_steps_get_past_single_refusals(server: S3Server, url: str) -> None:
     assert numbers(manager) == [2]
 
 
+def test_an_earlier_step_is_never_loaded_because_a_request_was_refused(
+    server: S3Server, url: str
+) -> None:
+    manager = save_steps(url, 1, 2)
+    server.refuses = lambda number, request: "02/" in request.path
+    with pytest.raises(OSError, match=r"reduce your request rate|503|Slow Down"):
+        load_latest(url)
+    server.reset()
+    assert load_latest(url) == 2
+    assert numbers(manager) == [1, 2]
+
+
 def test_a_refused_removal_is_a_warning_and_ends_with_the_next_save(
     server: S3Server, url: str
 ) -> None:

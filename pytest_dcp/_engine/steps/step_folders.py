@@ -162,7 +162,7 @@ class StepFolders:
             folder.sync()
         else:
             unlisted = _files_of_removal(folder)
-        for name in {*folder.names(), *unlisted} - {REMOVAL}:
+        for name in sorted({*folder.names(), *unlisted} - {REMOVAL}):
             folder.remove(name)
         folder.remove(REMOVAL)
         if isinstance(folder.disk, LocalDisk):

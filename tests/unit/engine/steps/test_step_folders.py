@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import StepFolders, StepNotes, number_of, step_name
+from pytest_dcp.checkpoint import save
 
 
 @pytest.fixture
@@ -95,6 +100,49 @@ def test_a_removal_goes_on_after_a_crash(folders: StepFolders) -> None:
     assert folders.is_half_removed(3)
     folders.remove(3)
     assert not path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_interrupted_removal_ends_though_listings_lack_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = RunPlace(f"memory://{tmp_path.name}").open_folders()
+    save({"w": torch.ones(2)}, checkpoint_id=folders.checkpoint_id(3), no_dist=True)
+    folder = folders.folder(3)
+    before = folder.names()
+    fs = folder.disk.fs  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(fs), "ls", lambda self, path, detail=True: [])
+    rm_file = type(fs).rm_file
+
+    def remove_the_index_alone(self: Any, path: str) -> None:
+        if not path.endswith(".metadata"):
+            raise OSError("503 Slow Down")
+        rm_file(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fs), "rm_file", remove_the_index_alone)
+        with pytest.raises(OSError, match="503"):
+            folders.remove(3)
+    assert folders.is_half_removed(3)
+    folders.remove(3)
+    assert len(before) == 2
+    assert not any(folder.exists(name) for name in [*before, "removal.json"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": 3}', '{"files": [3, "..", "../other/x", "", "/etc/x"]}']
+)
+def test_a_wrong_note_of_a_removal_reaches_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    folder = RunPlace(f"memory://{tmp_path.name}").open_folders().folder(3)
+    for name, content in (("removal.json", text.encode()), ("data", b"1")):
+        with folder.create(name) as out:
+            out.write([content])
+    removed = []
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", lambda self, path: removed.append(path))
+    RunPlace(f"memory://{tmp_path.name}").open_folders().remove(3)
+    assert sorted(removed) == [f"{folder.path}/data", f"{folder.path}/removal.json"]
 
 
 def test_a_folder_of_a_stranger_in_a_step_stays(folders: StepFolders) -> None:
