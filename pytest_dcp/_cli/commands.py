@@ -1,4 +1,4 @@
-"""The commands: `ls`, `show`, `verify`, `diff`, `convert`; `bisect` has a module of its own.
+"""The commands: `ls`, `show`, `verify`, `diff`, `convert`; `reshard` and `bisect` are beside them.
 
 Each opens its checkpoints, calls the engine, and prints the result.
 
@@ -24,6 +24,7 @@ from pytest_dcp._cli.exit_codes import FOUND, report_refusals
 from pytest_dcp._cli.layout_page.command import write_page
 from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.progress import show_progress
+from pytest_dcp._cli.reshard_command import reshard
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
 from pytest_dcp._engine.conversion.to_dcp import to_dcp
 from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
@@ -230,6 +231,7 @@ def convert(
             )
 
 
+app.command("reshard")(reshard)
 app.command("bisect")(bisect)
 
 

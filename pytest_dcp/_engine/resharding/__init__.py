@@ -1,0 +1,1 @@
+"""A checkpoint cut anew, into the parts that the ranks of another mesh would save."""
