@@ -18,26 +18,30 @@ from pytest_dcp._engine.storages.folder_metadata import read_catalog
 from pytest_dcp.errors import CheckpointError, UntrustedPickleError
 
 CheckLevel = Literal["sizes", "checksums"]
+ListLevel = Literal["names", "sizes", "checksums"]
+NOT_ENDED = f"it has no {METADATA}: its save has not ended"
 
 
 def find_problem(
-    folder: Folder, checkpoint_id: Any, level: CheckLevel, storage_options: Mapping[str, Any]
+    folder: Folder, checkpoint_id: Any, level: ListLevel, storage_options: Mapping[str, Any]
 ) -> str | None:
     """Why a checkpoint is not whole, in words; None if nothing is wrong with it.
 
-    level: "sizes": the index is undamaged, and each file that it names is there and long enough;
-    "checksums": every byte is read and checked, too.
+    level: "names": it has an index, which is not opened; "sizes": the index is undamaged, and each
+    file that it names is there and long enough; "checksums": every byte is read and checked, too.
 
     An OSError about anything else than a missing file is raised: it says nothing about the
     checkpoint.
     """
     try:
+        if level == "names":
+            return None if folder.exists(METADATA) else NOT_ENDED
         places = read_catalog(folder, METADATA).places
         problem = _problem_of_files(folder, places)
         if problem is None and level == "checksums":
             _read_all(checkpoint_id, storage_options)
     except FileNotFoundError:
-        return f"it has no {METADATA}: its save has not ended"
+        return NOT_ENDED
     except CheckpointError as error:
         return str(error)
     return problem

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.local_disk import LocalDisk
-from pytest_dcp._engine.steps.inspect_step import CheckLevel, find_problem
+from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel, find_problem
 from pytest_dcp._engine.steps.retention import RetentionPolicy
 from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import step_name
@@ -52,7 +52,7 @@ class KnownSteps:
         self._found_whole: dict[int, Mapping[str, float]] = {}
         """The metrics of steps that were whole when this process looked; for retention."""
 
-    def list_steps(self, check: CheckLevel | None) -> list[Step]:
+    def list_steps(self, check: ListLevel | None) -> list[Step]:
         """All steps, whole or not, ascending."""
         found = [self.look_at(step, check) for step in self.folders.numbers()]
         return [step for step in found if step.is_whole or not self.folders.is_gone(step.number)]
@@ -114,13 +114,14 @@ class KnownSteps:
                 problems[number] = step.problem
         return None, problems
 
-    def look_at(self, number: int, check: CheckLevel | None) -> Step:
+    def look_at(self, number: int, check: ListLevel | None) -> Step:
         """The step as it is now. check: None: the manager's."""
         level = check or self.check
         problem = self._damaged.get(number)
         if problem is None:
             # The bytes of a step are read once; its files may have gone since.
-            depth: CheckLevel = "sizes" if number in self._verified else level
+            is_read = level == "checksums" and number in self._verified
+            depth: ListLevel = "sizes" if is_read else level
             where = self.folders.checkpoint_id(number)
             problem = find_problem(self.folders.folder(number), where, depth, self.place.options)
             if problem is None and depth == "checksums":

@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.coordinate import OperationCall, team_of
 from pytest_dcp._engine.plan.match_keys import LoadReport
-from pytest_dcp._engine.steps.inspect_step import CheckLevel
+from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.retention import BestSteps, Direction, RetentionPolicy, require_count
 from pytest_dcp._engine.steps.run_lock import RunLock
@@ -225,11 +225,14 @@ class CheckpointManager:
             return LoadedStep(step.number, step.metrics, report)
 
     @drop_inner_frames
-    def steps(self, *, check: CheckLevel | None = None) -> list[Step]:
+    def steps(self, *, check: ListLevel | None = None) -> list[Step]:
         """All steps, whole or not, ascending. Collective.
 
-        check: for this call; None: the manager's.
+        check: for this call; None: the manager's; "names": a step that has an index passes, and
+            none is opened, which is for runs of thousands of steps.
         """
+        if check not in (None, *get_args(ListLevel)):
+            raise ValueError(f"check= takes 'names', 'sizes' or 'checksums', got {check!r}")
         return self._ask("list the steps", lambda: self._steps.list_steps(check))
 
     @drop_inner_frames

@@ -15,7 +15,7 @@ import torch
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.steps import known_steps
+from pytest_dcp._engine.steps import inspect_step, known_steps
 from pytest_dcp._engine.steps import manager as manager_module
 from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import StepFolders, step_name
@@ -177,6 +177,22 @@ def test_the_newest_of_ten_thousand_steps_is_looked_at_alone(
     looked_at.clear()
     assert loaded_step(manager_of(root)) == 10_000
     assert looked_at == [step_name(10_000)]
+
+
+def test_steps_are_listed_without_opening_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_steps(root, 20)
+    (root / step_name(7) / ".metadata").unlink()
+    opened = []
+    monkeypatch.setattr(inspect_step, "read_catalog", lambda *arguments: opened.append(arguments))
+    found = manager_of(root).steps(check="names")
+    assert [step.number for step in found] == list(range(20))
+    assert [step.number for step in found if not step.is_whole] == [7]
+    assert opened == []
+
+
+def test_a_wrong_level_of_a_check_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match="check= takes 'names', 'sizes' or 'checksums', got 'al'"):
+        manager_of(root).steps(check="al")  # type: ignore[arg-type]
 
 
 def copy_steps(root: Path, count: int) -> None:
