@@ -160,6 +160,13 @@ class TestReading:
 
 
 class TestFolders:
+    def test_a_run_in_an_object_store(self, bisect: Bisect) -> None:
+        pytest.importorskip("fsspec")
+        for step in (5, 20, 300):
+            dcp.save(weights(step), checkpoint_id=f"memory://bisected/step-{step}")
+        found = find(bisect, "memory://bisected", "--name", "model.w", "--test", "nan")
+        assert (found["step"], found["before"]) == ("step-20", "step-5")
+
     def test_numbers_order_the_steps(self) -> None:
         assert choose_numbered(["iter_0000020", "iter_0000003", "latest"], None) == [
             (3, "iter_0000003"),

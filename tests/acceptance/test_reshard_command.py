@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._cli.main import main
 from pytest_dcp._engine.conversion.converted_contents import ConvertedContents
+from pytest_dcp._engine.resharding.placement_texts import PlacementRules
+from pytest_dcp._engine.resharding.reshard import reshard
+from pytest_dcp.faults import FaultyStorage
 from support.states import numbered
 
 pytestmark = [
@@ -128,6 +131,28 @@ def test_a_failure_leaves_the_target_as_it_was(
         assert command("ls", target)[1].splitlines()[1].startswith("old")
     else:
         assert not target.exists()
+
+
+def test_a_crash_leaves_the_old_target_or_the_new_one(
+    faulty_storage: FaultyStorage, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    old, new = {"w": numbered(6, 4)}, {"w": numbered(6, 4, start=100)}
+    dcp.save(new, checkpoint_id=tmp_path / "new")
+    target = checkpoint_dir / "target"
+    dcp.save(old, checkpoint_id=target)
+    with faulty_storage.record() as trace:
+        reshard(tmp_path / "new", target, (3,), PlacementRules.parse(["S0"], 1))
+
+    def load(state: dict[str, Any], checkpoint_id: Path) -> None:
+        state.clear()
+        with dcp.open(checkpoint_id / "target") as opened:
+            state.update(opened.read(list(opened)))
+
+    count = 0
+    for state in trace.crash_states(model="posix", budget=60):
+        faulty_storage.assert_loads_one_of(state, old, new, load=load)
+        count += 1
+    assert count >= 10
 
 
 @pytest.mark.parametrize(
