@@ -161,6 +161,7 @@ class TestBrowser:
         strips = re.search(r'data-name="model.w">(.*?)</g>', treemap)
         assert strips
         assert len({one["fill"] for one in rectangles(strips[1])} - {"none"}) == 4
+        assert "4 shards, 96 B, of 4 ranks" in strips[1]
 
     def test_texts_of_the_checkpoint_stay_texts(self, dom: str) -> None:
         body = dom[dom.index("<main") :]

@@ -239,8 +239,10 @@ function drawGroup(svg, node, area) {
 }
 
 function drawLeaf(svg, row, label, area) {
-  const group = draw("g", {class: row.kind === "omitted" ? "leaf omitted" : "leaf"}, `${plain(row.name)}: ${describe(row)}`);
   const owners = row.shards ? ownersOf(row) : new Map();
+  const among = owners.size > 1 ? `, of ${owners.size} ${view.by}s` : "";
+  const group = draw("g", {class: row.kind === "omitted" ? "leaf omitted" : "leaf"},
+    `${plain(row.name)}: ${describe(row)}${among}`);
   const along = area.w >= area.h;
   const side = along ? area.w : area.h;
   const whole = [...owners.values()].reduce((sum, nbytes) => sum + nbytes, 0);
