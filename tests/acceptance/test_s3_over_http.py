@@ -54,7 +54,7 @@ def module_server() -> Iterator[S3Server]:
 
     with pytest.MonkeyPatch.context() as patch, serve_s3() as server:
         set_credentials(patch, server.url)
-        patch.setattr(s3fs.S3FileSystem, "retries", 3)  # of 5: refused for good is known sooner
+        patch.setattr(s3fs.S3FileSystem, "retries", 2)  # of 5: refused for good is known sooner
         yield server
         close_clients()
 
