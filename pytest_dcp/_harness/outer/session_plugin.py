@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Generator
 from typing import Any, NoReturn, TextIO
@@ -27,6 +26,7 @@ from pytest_dcp._harness.outer.environment import (
 from pytest_dcp._harness.outer.meeting import machine_name, process_name
 from pytest_dcp._harness.outer.seat_link import SeatLink
 from pytest_dcp._harness.outer.seat_messages import CONTROLLER_LOST_CODE, SeatJoin
+from pytest_dcp._harness.outer.termination import TERMINATION
 from pytest_dcp._harness.protocol.world_spec import WorldSpec
 from pytest_dcp._pytest_internals import redirect_writer, writer_of
 from pytest_dcp.errors import WorldError
@@ -84,8 +84,6 @@ class OuterPlugin:
         self._needs_gpus = False
         self._errors: list[tuple[str, str]] = []
         """Of the collection: nodeid and text."""
-        self._pid = 0
-        self._old_handler: Any = signal.SIG_DFL
         self._writer: Any = None
         self._terminal: TextIO | None = None
         self._unprinted = io.StringIO()
@@ -102,14 +100,10 @@ class OuterPlugin:
         if self.launch is None:
             raise WorldError("no launcher has started this process")
         self._harness = OuterHarness(session, options, self.launch, self._make_join)
-        self._pid = os.getpid()
-        self._old_handler = signal.signal(signal.SIGTERM, self._end_session)
+        TERMINATION.install(self._end_session)
         return self._harness  # type: ignore[no-any-return]  # as just made
 
     def _end_session(self, signum: int, frame: object) -> NoReturn:
-        if os.getpid() != self._pid:  # a test's own child, forked from this process
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         launch = self.launch
         lost = [f"; rank {rank}: {how}" for rank, how in self._harness.lost_seats().items()]
         name = launch.launcher if launch is not None else "a launcher"
@@ -252,7 +246,7 @@ class OuterPlugin:
         """
         code = int(self._session.exitstatus) if self._session is not None else 0
         if self._harness is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)
+            TERMINATION.remove()
             self._harness.conclude(code)
         elif self._link is not None:
             from pytest_dcp._harness.outer.seat_session import await_controllers_end
