@@ -219,7 +219,7 @@ class FaultyStorage:
         Afterwards `crash_states` of the result are the folders that a crash could have left. Raises
         RecordingError if the folders were also changed in ways that Python does not see.
         """
-        result = Recording(self._search)
+        result = Recording(self._search, of_watched_folders=filesystem is None)
         place = Folders(self._roots) if filesystem is None else StoreFolder(filesystem, folder)
         with recording(place, recording_dir(self._folder, self._injector.rank), result):
             yield result

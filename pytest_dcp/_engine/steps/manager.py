@@ -401,5 +401,5 @@ def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
         except (TypeError, ValueError):
             raise TypeError(f"metrics= takes numbers, got {name}={value!r}") from None
         if math.isnan(numbers[str(name)]):
-            warnings.warn(f"metric {name!r} is NaN: no best step is chosen by it", stacklevel=4)
+            warn_caller(f"metric {name!r} is NaN: no best step is chosen by it")
     return numbers

@@ -134,9 +134,11 @@ class CrashState:
 class Recording(Recorded):
     """A block whose operations are recorded; see `FaultyStorage.record`."""
 
-    def __init__(self, search: Search | None = None) -> None:
+    def __init__(self, search: Search | None = None, *, of_watched_folders: bool = False) -> None:
+        """of_watched_folders: the block is expected to change one of them."""
         super().__init__()
         self._search = search or Search()
+        self._of_watched_folders = of_watched_folders
         self._finished: Finished | None = None
 
     @property
@@ -155,10 +157,10 @@ class Recording(Recorded):
         `--dcp-fault-replay`, only the state with that id; a test in which no rank finds it is
         skipped at its end.
 
-        Raises RecordingError if nothing was recorded: a test of no states would pass whatever the
-        code under test does.
+        Raises RecordingError if the block changed no watched folder: the states would then be about
+        other code than the block's.
         """
-        if not self.operations:
+        if self._of_watched_folders and not self.operations:
             raise RecordingError(
                 "nothing was recorded: no watched folder was changed. checkpoint_dir is watched "
                 "from the start; faulty_storage.watch(folder) adds another"

@@ -219,7 +219,11 @@ def test_a_mesh_can_be_given_and_made(worlds: Worlds) -> None:
         (None, {}, "got None"),
         ([1, 2], {}, "got [1, 2]"),
         (2, {"mesh": (2, 2)}, "mesh=(2, 2) has 4 ranks, but the size is 2"),
-        (2, {"backend": "mpi"}, "backend= takes one of auto, gloo, nccl; got 'mpi'"),
+        (
+            2,
+            {"backend": "mpi"},
+            "backend= takes one of auto, gloo, nccl, fake, threaded; got 'mpi'",
+        ),
         (2, {"timeout": -1}, "timeout= takes seconds, or 0 or None for no limit"),
         (2, {"colour": "red"}, "has no keyword 'colour'"),
     ],

@@ -92,7 +92,7 @@ def test_nothing_can_be_asked_before_the_block_has_ended(faulty_storage: FaultyS
 def test_states_of_an_empty_recording_are_refused(
     faulty_storage: FaultyStorage, tmp_path: Path
 ) -> None:
-    """A test of no states would pass."""
+    """The block wrote elsewhere."""
     with faulty_storage.record() as trace:
         (tmp_path / "elsewhere").write_text("x")
     assert trace.operations == ()
