@@ -107,16 +107,21 @@ class ObjectDisk:
 
 
 def is_there(fs: Any, path: str) -> bool:
-    """Whether there is a file of this path; raises the error of a request that is refused.
+    """Whether there is a file of this path; raises the error of a request that is refused."""
+    return type_of_entry(fs, path) is not None
 
-    fsspec's own `exists` answers False to any error, unless a file system has its own: then a
-    refused request would let a save overwrite a checkpoint.
+
+def type_of_entry(fs: Any, path: str) -> str | None:
+    """ "file" or "directory"; None if nothing is there.
+
+    fsspec's own `exists` and `isfile` answer False to any error, unless a file system has its own:
+    then a refused request would let a save overwrite a checkpoint.
     """
     try:
-        fs.info(path)
+        found: str = fs.info(path).get("type", "file")
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return found
 
 
 def renames(fs: Any) -> bool:

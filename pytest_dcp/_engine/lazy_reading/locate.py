@@ -16,6 +16,7 @@ from pytest_dcp._engine.huggingface.file_names import INDEX_NAME, SUFFIX
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.object_disk import type_of_entry
 from pytest_dcp._engine.storages.local_filesystem import disk_of
 from pytest_dcp.errors import NotACheckpointError
 
@@ -93,7 +94,7 @@ def _locate_url(
     fs, path = open_filesystem(url, storage_options, follow_links=follow_links)
     if not isinstance(fs, FileSystem):
         return _locate_path(os.fspath(path), follow_links)
-    if fs.fs.isfile(fs.path_of[url]):
+    if type_of_entry(fs.fs, fs.path_of[url]) == "file":
         above, _, name = url.rpartition("/")
         beside, parent = open_filesystem(above, storage_options, follow_links=follow_links)
         return Folder(disk_of(beside), parent), name

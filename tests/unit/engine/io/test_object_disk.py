@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from fsspec import AbstractFileSystem
@@ -14,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io import object_disk
@@ -195,6 +197,28 @@ def test_a_refused_request_does_not_let_a_save_overwrite(tmp_path: Path) -> None
     state = {"w": torch.zeros(2)}
     dcp.load(state, checkpoint_id=url)
     assert torch.equal(state["w"], torch.ones(2))
+
+
+def test_a_refused_request_does_not_mean_that_a_url_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text would then be that there is no checkpoint."""
+    url = f"memory://{tmp_path.name}/one.safetensors"
+    fsspec.filesystem("memory").pipe_file(url, save({"w": torch.ones(2)}))
+    with dcp.open(url) as opened:
+        assert list(opened) == ["w"]
+    answers = MemoryFileSystem.info
+    refusals = [OSError("503 Slow Down")]
+
+    def refuse_once(self: Any, path: str, **keywords: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return answers(self, path, **keywords)
+
+    monkeypatch.setattr(MemoryFileSystem, "isfile", AbstractFileSystem.isfile)
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse_once)
+    with pytest.raises(OSError, match="503 Slow Down"):
+        dcp.open(url)
 
 
 def test_reads_near_each_other_are_fetched_ahead(disk: ObjectDisk, fs: Counting) -> None:
