@@ -20,12 +20,12 @@ from pytest_dcp._engine.conversion.converted_contents import (
 )
 from pytest_dcp._engine.conversion.whole_file import (
     remove_if_new,
-    without_single_process_warning,
 )
 from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.plan.select import Rename
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.verbs.save import save
+from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
 from pytest_dcp.tracebacks import drop_inner_frames
 
 PathLike = str | os.PathLike[str]

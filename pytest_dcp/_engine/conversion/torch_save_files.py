@@ -19,12 +19,12 @@ from pytest_dcp._engine.conversion.mapped_archive import MappedArchive
 from pytest_dcp._engine.conversion.target_paths import target_file
 from pytest_dcp._engine.conversion.whole_file import (
     replace_at_end,
-    without_single_process_warning,
 )
 from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlanner
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
+from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
 from pytest_dcp.tracebacks import drop_inner_frames
 
 PathLike = str | os.PathLike[str]

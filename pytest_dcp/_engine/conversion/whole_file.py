@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,11 +47,3 @@ def remove_if_new(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def without_single_process_warning() -> Iterator[None]:
-    """Suppress the warning about a single process: a conversion always runs in one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -45,6 +44,7 @@ from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import LAST_STEP
 from pytest_dcp._engine.verbs.load import load
 from pytest_dcp._engine.verbs.save import save
+from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -368,15 +368,8 @@ class CheckpointManager:
             together.pickles = True
             return together.broadcast(step, decide)
 
-    @contextmanager
-    def _knowing_it_is_alone(self) -> Iterator[None]:
-        """Without the verbs' warning that torch.distributed is not initialized."""
-        if not self._no_dist:
-            yield
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+    def _knowing_it_is_alone(self) -> AbstractContextManager[None]:
+        return without_single_process_warning() if self._no_dist else nullcontext()
 
     def _is_coordinator(self) -> bool:
         return self._no_dist or dist.get_rank(self._group) == 0

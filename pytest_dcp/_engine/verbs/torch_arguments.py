@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from types import FunctionType, MethodType
 from typing import Any, ParamSpec, TypeVar
@@ -106,3 +108,11 @@ def resolve_no_dist(no_dist: bool, verb: str) -> bool:
             f"to {verb} in a single process.",
         )
     return no_dist
+
+
+@contextmanager
+def without_single_process_warning() -> Iterator[None]:
+    """Suppress the warning of `resolve_no_dist`: the caller has chosen a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
