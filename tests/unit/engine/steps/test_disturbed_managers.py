@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io.folder import Folder
@@ -21,34 +20,12 @@ from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import StepFolders, step_name
 from pytest_dcp.checkpoint import CheckpointManager
 from support.forks import forked
-
-
-def state_of(step: int) -> dict[str, Any]:
-    return {"w": torch.full((8,), float(step)), "step": step}
-
-
-def blank() -> dict[str, Any]:
-    return {"w": torch.zeros(8), "step": -1}
+from support.runs import blank, manager_of, save_steps, state_of, whole_steps
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def manager_of(root: Path | str, **keywords: Any) -> CheckpointManager:
-    return CheckpointManager(root, no_dist=True, **keywords)
-
-
-def save_steps(root: Path | str, *steps: int, **keywords: Any) -> CheckpointManager:
-    manager = manager_of(root, **keywords)
-    for step in steps:
-        manager.save(step, state_of(step))
-    return manager
-
-
-def numbers(manager: CheckpointManager) -> list[int]:
-    return [step.number for step in manager.steps() if step.is_whole]
 
 
 def loaded_step(manager: CheckpointManager) -> int | None:
@@ -64,7 +41,7 @@ def loaded_step(manager: CheckpointManager) -> int | None:
 def test_long_numbers_are_steps_like_others(root: Path) -> None:
     last = 10**18 - 1
     manager = save_steps(root, 99_999_999, 100_000_000, 10**9, last)
-    assert numbers(manager) == [99_999_999, 100_000_000, 10**9, last]
+    assert whole_steps(manager) == [99_999_999, 100_000_000, 10**9, last]
     assert loaded_step(manager) == last
 
 
@@ -217,7 +194,7 @@ def test_steps_among_which_are_the_best_are_opened_once(root: Path, looked_at: l
     looked_at.clear()
     manager.save(101, state_of(101))
     assert set(looked_at) == {step_name(100), step_name(101)}
-    assert len(numbers(manager)) == 102
+    assert len(whole_steps(manager)) == 102
 
 
 def test_a_step_that_is_damaged_since_it_was_found_whole_is_not_removed(root: Path) -> None:
@@ -226,7 +203,7 @@ def test_a_step_that_is_damaged_since_it_was_found_whole_is_not_removed(root: Pa
     data.unlink()
     manager.save(3, state_of(3))
     manager.save(4, state_of(4))
-    assert numbers(manager) == [3, 4]
+    assert whole_steps(manager) == [3, 4]
     assert (root / step_name(1) / ".metadata").exists()
 
 
@@ -258,7 +235,7 @@ def load_as_a_stranger(root: Path) -> list[Any]:
         (root / "new").touch()
     manager = manager_of(root)
     latest = manager.latest()
-    return [latest.number if latest else None, loaded_step(manager), numbers(manager)]
+    return [latest.number if latest else None, loaded_step(manager), whole_steps(manager)]
 
 
 @pytest.fixture
@@ -307,7 +284,7 @@ def test_a_pickled_manager_goes_on_elsewhere(root: Path) -> None:
     manager.close()
     again = pickle.loads(data)
     again.save(3, state_of(3))
-    assert numbers(again) == [2, 3]
+    assert whole_steps(again) == [2, 3]
     at_url = pickle.loads(pickle.dumps(manager_of(f"memory://pickled-{root.parent.name}")))
     at_url.save(1, state_of(1))
     assert loaded_step(at_url) == 1

@@ -12,36 +12,13 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp.checkpoint import CheckpointManager
 from pytest_dcp.faults import FaultyStorage, InputOutput, NoSpace
-
-
-def state_of(step: int) -> dict[str, Any]:
-    return {"w": torch.full((8,), float(step)), "step": step}
-
-
-def blank() -> dict[str, Any]:
-    return {"w": torch.zeros(8), "step": -1}
+from support.runs import blank, manager_of, save_steps, state_of, whole_steps
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def manager_of(root: Path | str, **keywords: Any) -> CheckpointManager:
-    return CheckpointManager(root, no_dist=True, **keywords)
-
-
-def save_steps(root: Path | str, *steps: int, **keywords: Any) -> CheckpointManager:
-    manager = manager_of(root, **keywords)
-    for step in steps:
-        manager.save(step, state_of(step))
-    return manager
-
-
-def numbers(manager: CheckpointManager) -> list[int]:
-    return [step.number for step in manager.steps() if step.is_whole]
 
 
 def data_file(root: Path, step: int) -> Path:
@@ -93,7 +70,7 @@ def test_a_background_save_is_found_when_it_has_ended(root: Path) -> None:
     state["w"].zero_()
     manager.async_save(2, state_of(2))
     manager.wait()
-    assert numbers(manager) == [2]
+    assert whole_steps(manager) == [2]
     loaded = blank()
     manager.load_latest(loaded)
     assert torch.equal(loaded["w"], state_of(2)["w"])
@@ -108,15 +85,15 @@ def test_a_failed_background_save_is_raised_by_the_next_call(
     manager.async_save(2, state_of(2))
     with pytest.raises(dcp.CheckpointException, match="No space left"):
         manager.wait()
-    assert numbers(manager) == [1]
+    assert whole_steps(manager) == [1]
     manager.save(3, state_of(3))
-    assert numbers(manager) == [1, 3]
+    assert whole_steps(manager) == [1, 3]
 
 
 def test_steps_are_kept_at_a_url(tmp_path: Path) -> None:
     url = f"memory://run-{tmp_path.name}"
     manager = save_steps(url, 1, 2, 3, keep_last=2)
-    assert numbers(manager) == [2, 3]
+    assert whole_steps(manager) == [2, 3]
     state = blank()
     loaded = manager_of(url).load_latest(state)
     assert loaded is not None
@@ -131,7 +108,7 @@ def test_a_step_that_does_not_come_after_the_newest_is_refused(root: Path, step:
     manager = save_steps(root, 10)
     with pytest.raises(dcp.CheckpointExistsError, match=r"step 10 in .* is whole"):
         manager.save(step, state_of(step))
-    assert numbers(manager) == [10]
+    assert whole_steps(manager) == [10]
 
 
 def test_a_run_can_go_on_from_an_earlier_step(root: Path) -> None:
@@ -150,7 +127,7 @@ def test_a_run_cannot_go_on_from_a_step_that_is_not_whole(root: Path) -> None:
         manager.remove_after(2)
     with pytest.raises(ValueError, match=r"step 7 in .* is not whole"):
         manager.remove_after(7)
-    assert numbers(manager) == [1, 3]
+    assert whole_steps(manager) == [1, 3]
 
 
 # Damage.
@@ -236,7 +213,7 @@ def test_a_step_that_is_not_whole_is_moved_aside_by_a_new_save(root: Path) -> No
     hide(root, 2)
     manager = manager_of(root)
     manager.save(2, state_of(2))
-    assert numbers(manager) == [1, 2]
+    assert whole_steps(manager) == [1, 2]
     (aside,) = (root / "not-whole").iterdir()
     assert aside.name.startswith("step-00000002-")
     assert list(aside.glob("*.distcp"))
@@ -247,14 +224,14 @@ def test_a_step_that_is_not_whole_is_moved_aside_by_a_new_save(root: Path) -> No
 
 def test_old_steps_are_removed(root: Path) -> None:
     manager = save_steps(root, 1, 2, 3, 4, 5, 6, keep_last=2, keep_every=3)
-    assert numbers(manager) == [3, 5, 6]
+    assert whole_steps(manager) == [3, 5, 6]
 
 
 def test_the_best_steps_are_kept(root: Path) -> None:
     manager = manager_of(root, keep_last=1, best=("loss", "min", 1))
     for step, loss in enumerate([0.5, 0.1, 0.3, 0.2]):
         manager.save(step, state_of(step), metrics={"loss": loss})
-    assert numbers(manager) == [1, 3]
+    assert whole_steps(manager) == [1, 3]
 
 
 def test_a_damaged_step_does_not_count_and_stays(root: Path) -> None:
@@ -263,7 +240,7 @@ def test_a_damaged_step_does_not_count_and_stays(root: Path) -> None:
     again = manager_of(root, keep_last=2)
     manager.close()
     again.save(4, state_of(4))
-    assert numbers(again) == [2, 4]
+    assert whole_steps(again) == [2, 4]
     assert (root / "step-00000003" / ".metadata").exists()
 
 
@@ -279,7 +256,7 @@ def test_a_removal_that_fails_is_a_warning(
     assert latest is not None
     assert latest.number == 2
     manager.save(3, state_of(3))
-    assert numbers(manager) == [3]
+    assert whole_steps(manager) == [3]
 
 
 def test_a_reader_of_a_removed_step_reads_on(root: Path) -> None:
@@ -357,7 +334,7 @@ def test_a_metric_that_is_nan_is_never_the_best(root: Path) -> None:
     with pytest.warns(UserWarning, match="metric 'loss' is NaN"):
         manager.save(2, state_of(2), metrics={"loss": math.nan})
     manager.save(3, state_of(3), metrics={"loss": 0.9})
-    assert numbers(manager) == [1, 3]
+    assert whole_steps(manager) == [1, 3]
 
 
 @pytest.mark.parametrize("folder", [None, "", 3])
