@@ -81,8 +81,8 @@ def expand_results(
 
 COMPRESSED_FROM_BYTES = 1 << 20
 """A manifest of 16,384 ranks and 1,000 tensors has a gigabyte, of which each rank gets a copy from
-the coordinator: compressed it is a fiftieth. One that is shorter than this is sent sooner as it
-is."""
+the coordinator: an eighteenth, compressed and without checksums. One that is shorter than this is
+sent sooner as it is."""
 
 
 @dataclass(frozen=True, slots=True)
