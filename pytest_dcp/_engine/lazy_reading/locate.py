@@ -6,6 +6,7 @@ anything.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,11 +95,20 @@ def _locate_url(
     fs, path = open_filesystem(url, storage_options, follow_links=follow_links)
     if not isinstance(fs, FileSystem):
         return _locate_path(os.fspath(path), follow_links)
-    if type_of_entry(fs.fs, fs.path_of[url]) == "file":
+    if _is_file(fs.fs, fs.path_of[url]):
         above, _, name = url.rpartition("/")
         beside, parent = open_filesystem(above, storage_options, follow_links=follow_links)
         return Folder(disk_of(beside), parent), name
     return Folder(disk_of(fs), path), None
+
+
+def _is_file(fs: Any, path: str) -> bool:
+    """Whether a URL is of a file. Where only the files of a store may be asked about, a name that
+    may not is taken for a folder's.
+    """
+    with contextlib.suppress(PermissionError):
+        return type_of_entry(fs, path) == "file"
+    return False
 
 
 def _format_of_file(folder: Folder, name: str) -> Format:

@@ -221,6 +221,24 @@ def test_a_refused_request_does_not_mean_that_a_url_is_no_file(
         dcp.open(url)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_that_may_not_be_asked_about_is_opened_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{tmp_path.name}"
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=url)
+    answers = MemoryFileSystem.info
+
+    def forbid_folders(self: Any, path: str, **keywords: Any) -> Any:
+        if path.strip("/").endswith(tmp_path.name):
+            raise PermissionError(path)
+        return answers(self, path, **keywords)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", forbid_folders)
+    with dcp.open(url) as opened:
+        assert list(opened) == ["w"]
+
+
 def test_reads_near_each_other_are_fetched_ahead(disk: ObjectDisk, fs: Counting) -> None:
     put(disk, "f", [BYTES])
     with disk.open("url://folder", "f") as file:
