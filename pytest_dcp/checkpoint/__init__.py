@@ -49,7 +49,8 @@ from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.steps.known_steps import Step
-from pytest_dcp._engine.steps.manager import CheckpointManager, LoadedStep
+from pytest_dcp._engine.steps.load_step import LoadedStep
+from pytest_dcp._engine.steps.manager import CheckpointManager
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp._engine.torch_names import names_of_torch
 from pytest_dcp._engine.verbs.progress_bar import progress_bar

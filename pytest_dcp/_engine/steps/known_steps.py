@@ -49,6 +49,7 @@ class KnownSteps:
         self._damaged: dict[int, str] = {}
         """Steps in which a load of this process found damage."""
         self._verified: set[int] = set()
+        self._mentioned: set[tuple[int, str]] = set()
         self._found_whole: dict[int, Mapping[str, float]] = {}
         """The metrics of steps that were whole when this process looked; for retention."""
 
@@ -56,6 +57,12 @@ class KnownSteps:
         """All steps, whole or not, ascending."""
         found = [self.look_at(step, check) for step in self.folders.numbers()]
         return [step for step in found if step.is_whole or not self.folders.is_gone(step.number)]
+
+    def is_news(self, step: int, problem: str) -> bool:
+        """Whether this is the first time that this problem of the step is mentioned."""
+        is_new = (step, problem) not in self._mentioned
+        self._mentioned.add((step, problem))
+        return is_new
 
     def has_index(self, step: int) -> bool:
         """Whether the step is still there."""

@@ -20,50 +20,28 @@ removed: a save that takes its number moves it aside, where the file system can 
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from pytest_dcp._engine.background.async_save import async_save
-from pytest_dcp._engine.coordinate import OperationCall, team_of
-from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
+from pytest_dcp._engine.steps.load_step import LoadedStep, choose_latest, load_latest_step
+from pytest_dcp._engine.steps.open_run import OpenRun, RunRanks
+from pytest_dcp._engine.steps.remove_steps import remove_later_steps
 from pytest_dcp._engine.steps.retention import BestSteps, Direction, RetentionPolicy, require_count
-from pytest_dcp._engine.steps.run_lock import RunLock
 from pytest_dcp._engine.steps.run_place import RunPlace
-from pytest_dcp._engine.steps.step_folders import LAST_STEP
-from pytest_dcp._engine.verbs.load import load
-from pytest_dcp._engine.verbs.save import save
-from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
-from pytest_dcp.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-)
-from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
+from pytest_dcp._engine.steps.save_step import save_step, start_save, wait_for_saves
+from pytest_dcp.tracebacks import drop_inner_frames
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
     from typing_extensions import Self
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedStep:
-    """The step that `load_latest` has loaded."""
-
-    number: int
-    metrics: Mapping[str, float]
-    report: LoadReport
 
 
 class CheckpointManager:
@@ -114,14 +92,9 @@ class CheckpointManager:
             keep_last, keep_every, None if best is None else BestSteps(*best)
         )
         place = RunPlace(folder, dict(storage_options or {}))
-        self._opened_steps = KnownSteps(place, self.policy, check)
-        self._run = str(self._opened_steps.folders)
-        self._process = os.getpid()
-        self._group = process_group
-        self._no_dist = no_dist or not (dist.is_available() and dist.is_initialized())
-        self._warned: set[tuple[int, str]] = set()
-        self._running: dict[int, Future[Any]] = {}
-        self._lock = RunLock()
+        alone = no_dist or not (dist.is_available() and dist.is_initialized())
+        steps = KnownSteps(place, self.policy, check)
+        self._run = OpenRun(steps, RunRanks(str(steps.folders), process_group, alone))
 
     # Saving.
 
@@ -143,11 +116,7 @@ class CheckpointManager:
         the earlier steps are as they were.
         """
         self.wait()
-        self._begin(step, metrics)
-        with self._knowing_it_is_alone():
-            save(state_dict, **self._target(step, keywords), **self._together())
-        self._end(step)
-        self._remove_old()
+        save_step(self._run, step, state_dict, metrics, keywords)
 
     @drop_inner_frames
     def async_save(
@@ -164,23 +133,12 @@ class CheckpointManager:
         removed by the next call of `save`, `async_save` or `wait`.
         """
         self.wait()
-        self._begin(step, metrics)
-        with self._knowing_it_is_alone():
-            running = async_save(state_dict, **self._target(step, keywords), **self._together())
-        if isinstance(running, AsyncSaveResponse):
-            self._running[step] = running.upload_completion
-        else:
-            self._running[step] = running
-        return running
+        return start_save(self._run, step, state_dict, metrics, keywords)
 
     @drop_inner_frames
     def wait(self) -> None:
         """Return when no save runs any more; raises the error of one that failed. Collective."""
-        while self._running_saves():
-            step, future = self._running.popitem()
-            future.result()
-            self._end(step)
-            self._remove_old()
+        wait_for_saves(self._run)
 
     # Loading.
 
@@ -190,7 +148,7 @@ class CheckpointManager:
 
         Rank 0 warns of each step after it that is not whole, once.
         """
-        return self._choose_latest()
+        return choose_latest(self._run)
 
     @drop_inner_frames
     def load_latest(self, state_dict: dict[str, Any], **keywords: Any) -> LoadedStep | None:
@@ -206,23 +164,7 @@ class CheckpointManager:
         would overwrite them. A state that does not fit raises the errors of `load`.
         """
         self.wait()
-        while True:
-            step = self._choose_latest()
-            if step is None:
-                self._require_none_lost()
-                return None
-            try:
-                with self._knowing_it_is_alone():
-                    source = self._source(step.number, keywords)
-                    report = load(state_dict, **source, **self._together())
-            except (OSError, CheckpointError) as error:
-                if self._has_index(step.number):
-                    if not isinstance(error, CheckpointCorruptError):
-                        raise
-                    # The next look passes it over, and warns.
-                    self._steps.note_damage(step.number, str(error))
-                continue
-            return LoadedStep(step.number, step.metrics, report)
+        return load_latest_step(self._run, state_dict, keywords)
 
     @drop_inner_frames
     def steps(self, *, check: ListLevel | None = None) -> list[Step]:
@@ -233,7 +175,8 @@ class CheckpointManager:
         """
         if check not in (None, *get_args(ListLevel)):
             raise ValueError(f"check= takes 'names', 'sizes' or 'checksums', got {check!r}")
-        return self._ask("list the steps", lambda: self._steps.list_steps(check))
+        run = self._run
+        return run.ranks.ask_coordinator("list the steps", lambda: run.steps.list_steps(check))
 
     @drop_inner_frames
     def remove_after(self, step: int) -> list[int]:
@@ -243,29 +186,14 @@ class CheckpointManager:
         """
         require_count("step", step, least=0)
         self.wait()
-
-        def remove() -> list[int]:
-            steps = self._steps
-            found = steps.look_at(step, None)
-            if not found.is_whole:
-                raise ValueError(f"step {step} in {self._run} is not whole: {found.problem}")
-            later = [number for number in steps.folders.numbers() if number > step]
-            self._lock.take(steps.folders)
-            for number in reversed(later):
-                steps.remove(number)
-            return later
-
-        removed = self._ask("remove later steps", remove)
-        for number in removed:
-            self._steps.forget(number)
-        return removed
+        return remove_later_steps(self._run, step)
 
     def close(self) -> None:
         """Wait for a running save, and let other processes save in the folder. Collective."""
         try:
             self.wait()
         finally:
-            self._lock.release()
+            self._run.release_lock()
 
     def __enter__(self) -> Self:
         return self
@@ -274,125 +202,3 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the lock and the running saves: they are this process's."""
-        return self.__dict__ | {"_lock": RunLock(), "_running": {}}
-
-    # One rank's part.
-
-    @property
-    def _steps(self) -> KnownSteps:
-        """What this process knows of the steps.
-
-        A child process begins anew: the connections, the lock and the running saves are its
-        parent's.
-        """
-        if self._process != os.getpid():
-            self._process, self._lock, self._running = os.getpid(), RunLock(), {}
-            self._opened_steps = KnownSteps(
-                self._opened_steps.place, self.policy, self._opened_steps.check
-            )
-        return self._opened_steps
-
-    def _running_saves(self) -> dict[int, Future[Any]]:
-        return self._running if self._process == os.getpid() else {}
-
-    def _begin(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        numbers = _checked_metrics(metrics)
-        require_count("step", step, least=0)
-        if step > LAST_STEP:
-            raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
-
-        def begin() -> None:
-            steps = self._steps
-            self._lock.take(steps.folders)
-            steps.require_after_newest(step)
-            steps.move_aside(step)
-            steps.folders.note_start(step, numbers)
-
-        self._ask(f"begin step {step}", begin)
-        self._steps.forget(step)
-
-    def _end(self, step: int) -> None:
-        if self._is_coordinator():
-            try:
-                self._steps.folders.note_end(step)
-            except OSError as error:
-                warn_caller(f"step {step} is saved, but {self._run} is not noted so: {error}")
-
-    def _remove_old(self) -> None:
-        """The coordinator's alone: a failure is a warning, since the step is saved."""
-        if self.policy.keep_last is None or not self._is_coordinator():
-            return
-        try:
-            self._steps.remove_old(self.policy.keep_last)
-        except (OSError, CheckpointError) as error:
-            warn_caller(f"old steps in {self._run} were not removed: {error}")
-
-    def _has_index(self, number: int) -> bool:
-        """Whether the step is still there, as the coordinator sees it."""
-        return self._ask("look again", lambda: self._steps.has_index(number))
-
-    def _choose_latest(self) -> Step | None:
-        """The newest whole step, as the coordinator sees it."""
-        step, problems = self._ask("look for the newest step", self._steps.find_latest)
-        if self._is_coordinator():
-            for number, problem in problems.items():
-                self._warn_of_damage(number, problem)
-        return step
-
-    def _require_none_lost(self) -> None:
-        if lost := self.steps():
-            problems = "; ".join(f"step {step.number}: {step.problem}" for step in lost)
-            raise CheckpointCorruptError(
-                f"{self._run} has steps, and none of them is whole ({problems}); to begin "
-                "anew, move the folder away"
-            )
-
-    def _warn_of_damage(self, number: int, problem: str) -> None:
-        if (number, problem) in self._warned:
-            return
-        self._warned.add((number, problem))
-        warn_caller(f"step {number} in {self._run} is not whole and is passed over: {problem}")
-
-    # The ranks together.
-
-    def _ask(self, step: str, decide: Callable[[], T]) -> T:
-        """The coordinator's decision, on every rank; its error, too, and its warnings there."""
-        if self._no_dist:
-            return decide()
-        call = OperationCall(f"steps of {self._run}")
-        team = team_of(self._group, call, use_dist=True, coordinator_rank=0)
-        with team.wait_for_turn() as together:
-            together.pickles = True
-            return together.broadcast(step, decide)
-
-    def _knowing_it_is_alone(self) -> AbstractContextManager[None]:
-        return without_single_process_warning() if self._no_dist else nullcontext()
-
-    def _is_coordinator(self) -> bool:
-        return self._no_dist or dist.get_rank(self._group) == 0
-
-    def _together(self) -> dict[str, Any]:
-        return {"process_group": self._group, "no_dist": self._no_dist}
-
-    def _target(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        steps = self._steps
-        return steps.place.for_saving(steps.folders.checkpoint_id(step)) | dict(keywords)
-
-    def _source(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        steps = self._steps
-        return steps.place.for_loading(steps.folders.checkpoint_id(step)) | dict(keywords)
-
-
-def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    numbers = {}
-    for name, value in (metrics or {}).items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metrics= takes numbers, got {name}={value!r}") from None
-        if math.isnan(numbers[str(name)]):
-            warn_caller(f"metric {name!r} is NaN: no best step is chosen by it")
-    return numbers

@@ -15,7 +15,7 @@ import pytest
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.steps import inspect_step, known_steps
-from pytest_dcp._engine.steps import manager as manager_module
+from pytest_dcp._engine.steps import load_step as load_module
 from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp._engine.steps.step_folders import StepFolders, step_name
 from pytest_dcp.checkpoint import CheckpointManager
@@ -63,7 +63,7 @@ def test_a_step_that_is_removed_before_its_load_is_passed_over_in_silence(
     root: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_steps(root, *steps).close()
-    load = manager_module.load
+    load = load_module.load
     to_remove = [step for step in steps if step > 1]
 
     def load_after_removal(*arguments: Any, **keywords: Any) -> Any:
@@ -71,7 +71,7 @@ def test_a_step_that_is_removed_before_its_load_is_passed_over_in_silence(
             remove_step(root, to_remove.pop())
         return load(*arguments, **keywords)
 
-    monkeypatch.setattr(manager_module, "load", load_after_removal)
+    monkeypatch.setattr(load_module, "load", load_after_removal)
     assert loaded_step(manager_of(root)) == 1  # a warning would be an error here
 
 
@@ -104,7 +104,7 @@ def test_a_load_that_fails_otherwise_is_the_callers(
         tries.append(keywords)
         raise OSError("no route to the disk")
 
-    monkeypatch.setattr(manager_module, "load", fail)
+    monkeypatch.setattr(load_module, "load", fail)
     with pytest.raises(OSError, match="no route"):
         manager_of(root).load_latest(blank())
     assert len(tries) == 1

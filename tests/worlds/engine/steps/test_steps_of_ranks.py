@@ -95,7 +95,7 @@ class TestTwoRanks:
         manager.save(1, state_of(1))
         manager.save(2, state_of(2))
         if rank == 1:
-            manager._steps.folders.numbers = lambda: [1]  # type: ignore[method-assign]
+            manager._run.steps.folders.numbers = lambda: [1]  # type: ignore[method-assign]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             latest = manager.latest()

@@ -1,0 +1,110 @@
+"""A run as one process has it open: its steps, its lock, its running saves, the other ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from pytest_dcp._engine.coordinate import OperationCall, team_of
+from pytest_dcp._engine.steps.known_steps import KnownSteps
+from pytest_dcp._engine.steps.run_lock import RunLock
+from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRanks:
+    """The ranks that save and load a run together."""
+
+    run: str
+    """The folder or URL, for messages."""
+    group: dist.ProcessGroup | None
+    no_dist: bool
+
+    @property
+    def has_coordinator(self) -> bool:
+        """Whether this rank is the coordinator, who looks at the folders."""
+        return self.no_dist or dist.get_rank(self.group) == 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the verbs that name the ranks."""
+        return {"process_group": self.group, "no_dist": self.no_dist}
+
+    def ask_coordinator(self, step: str, decide: Callable[[], T]) -> T:
+        """The coordinator's decision, on every rank; its error, too, and its warnings there."""
+        if self.no_dist:
+            return decide()
+        team = team_of(
+            self.group, OperationCall(f"steps of {self.run}"), use_dist=True, coordinator_rank=0
+        )
+        with team.wait_for_turn() as together:
+            together.pickles = True
+            return together.broadcast(step, decide)
+
+    def without_warning(self) -> AbstractContextManager[None]:
+        """No warning of a verb that this process is alone: the caller knows."""
+        return without_single_process_warning() if self.no_dist else nullcontext()
+
+
+class OpenRun:
+    """One process's hold on a run.
+
+    A child process begins anew: the connections, the lock and the running saves are its parent's.
+    """
+
+    def __init__(self, steps: KnownSteps, ranks: RunRanks) -> None:
+        self.place = steps.place
+        self.policy = steps.policy
+        self.ranks = ranks
+        self._lock = RunLock()
+        self._running: dict[int, Future[Any]] = {}
+        self._steps = steps
+        self._process = os.getpid()
+
+    def __str__(self) -> str:
+        return self.ranks.run
+
+    @property
+    def steps(self) -> KnownSteps:
+        """What this process knows of the steps."""
+        if self._process != os.getpid():
+            self._process, self._lock, self._running = os.getpid(), RunLock(), {}
+            self._steps = KnownSteps(self.place, self.policy, self._steps.check)
+        return self._steps
+
+    @property
+    def running(self) -> dict[int, Future[Any]]:
+        """This process's background saves that have not been waited for, by step."""
+        return self._running if self._process == os.getpid() else {}
+
+    def take_lock(self) -> None:
+        """Keep other processes from saving in the folder. Raises as `RunLock.take`."""
+        folders = self.steps.folders
+        self._lock.take(folders)
+
+    def release_lock(self) -> None:
+        """Let other processes save in the folder, if this one has kept them from it."""
+        if self._process == os.getpid():
+            self._lock.release()
+
+    def target(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `save` for this step, with the caller's own."""
+        place = self.place.for_saving(self.steps.folders.checkpoint_id(step))
+        return place | dict(keywords) | self.ranks.arguments
+
+    def source(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `load` for this step, with the caller's own."""
+        place = self.place.for_loading(self.steps.folders.checkpoint_id(step))
+        return place | dict(keywords) | self.ranks.arguments
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock and the running saves: they are this process's."""
+        return self.__dict__ | {"_lock": RunLock(), "_running": {}}

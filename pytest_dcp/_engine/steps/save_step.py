@@ -1,0 +1,104 @@
+"""Saving one step of a run: what comes before the save, and what comes after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+from pytest_dcp._engine.background.async_save import async_save
+from pytest_dcp._engine.steps.open_run import OpenRun
+from pytest_dcp._engine.steps.retention import require_count
+from pytest_dcp._engine.steps.step_folders import LAST_STEP
+from pytest_dcp._engine.verbs.save import save
+from pytest_dcp.errors import CheckpointError
+from pytest_dcp.tracebacks import warn_caller
+
+
+def save_step(
+    run: OpenRun,
+    step: int,
+    state_dict: dict[str, Any],
+    metrics: Mapping[str, float] | None,
+    keywords: Mapping[str, Any],
+) -> None:
+    """Save a step, then remove the steps that no rule keeps. Collective."""
+    _begin(run, step, metrics)
+    with run.ranks.without_warning():
+        save(state_dict, **run.target(step, keywords))
+    _end(run, step)
+
+
+def start_save(
+    run: OpenRun,
+    step: int,
+    state_dict: dict[str, Any],
+    metrics: Mapping[str, float] | None,
+    keywords: Mapping[str, Any],
+) -> Future[Metadata] | AsyncSaveResponse:
+    """Save a step in the background; `wait_for_saves` waits for it. Collective."""
+    _begin(run, step, metrics)
+    with run.ranks.without_warning():
+        response = async_save(state_dict, **run.target(step, keywords))
+    if isinstance(response, AsyncSaveResponse):
+        run.running[step] = response.upload_completion
+    else:
+        run.running[step] = response
+    return response
+
+
+def wait_for_saves(run: OpenRun) -> None:
+    """Return when no save runs any more; raises the error of one that failed. Collective."""
+    while run.running:
+        step, future = run.running.popitem()
+        future.result()
+        _end(run, step)
+
+
+def _begin(run: OpenRun, step: int, metrics: Mapping[str, float] | None) -> None:
+    numbers = _checked_metrics(metrics)
+    require_count("step", step, least=0)
+    if step > LAST_STEP:
+        raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
+
+    def begin() -> None:
+        steps = run.steps
+        run.take_lock()
+        steps.require_after_newest(step)
+        steps.move_aside(step)
+        steps.folders.note_start(step, numbers)
+
+    run.ranks.ask_coordinator(f"begin step {step}", begin)
+    run.steps.forget(step)
+
+
+def _end(run: OpenRun, step: int) -> None:
+    """The coordinator's alone: a failure is a warning, since the step is saved."""
+    if not run.ranks.has_coordinator:
+        return
+    try:
+        run.steps.folders.note_end(step)
+    except OSError as error:
+        warn_caller(f"step {step} is saved, but {run} is not noted so: {error}")
+    if run.policy.keep_last is None:
+        return
+    try:
+        run.steps.remove_old(run.policy.keep_last)
+    except (OSError, CheckpointError) as error:
+        warn_caller(f"old steps in {run} were not removed: {error}")
+
+
+def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    numbers = {}
+    for name, value in (metrics or {}).items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"metrics= takes numbers, got {name}={value!r}") from None
+        if math.isnan(numbers[str(name)]):
+            warn_caller(f"metric {name!r} is NaN: no best step is chosen by it")
+    return numbers
