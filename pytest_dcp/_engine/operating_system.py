@@ -55,7 +55,7 @@ WINDOWS_FILES = 8192
 NO_SUCH_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
 
 _position = threading.Lock()
-"""Held while a file's position is moved to read or write there."""
+"""Held while a file's position is moved to read there."""
 
 
 # Files.
@@ -81,15 +81,6 @@ def read_call() -> Callable[[int, Sequence[Any], int], int]:
 def write_call() -> Callable[[int, Sequence[Any]], int]:
     """writev(2): writes buffers one after the other, and returns the number of bytes."""
     return getattr(os, "writev", _write_first)
-
-
-def write_at(fd: int, data: Any, offset: int) -> int:
-    """pwrite(2): the number of bytes written at the offset."""
-    if hasattr(os, "pwrite"):
-        return os.pwrite(fd, data, offset)
-    with _position:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, data)
 
 
 def _read_at(fd: int, buffers: Sequence[Any], offset: int) -> int:
@@ -122,14 +113,6 @@ def reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in NO_SUCH_RESERVATION:
             raise
-
-
-def extend_file(fd: int, nbytes: int) -> None:
-    """Make the file this long, and allocate its bytes where the system can."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, nbytes)
-    else:
-        os.ftruncate(fd, nbytes)
 
 
 def sync_file(fd: int) -> None:

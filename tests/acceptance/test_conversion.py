@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections import OrderedDict
@@ -20,7 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.conversion import whole_file
 from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalOut
 from pytest_dcp.checkpoint import convert
 from pytest_dcp.errors import CheckpointMismatchError
@@ -126,15 +130,28 @@ class TestFormats:
         assert report.values == (0 if is_flat else len(VALUES))
         assert os.listdir(tmp_path) == ["state.pt"]
 
-    def test_urls_are_sources_and_targets(self, samples: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("source", SOURCES[:1] + SOURCES[3:])
+    def test_urls_are_sources_and_targets(self, samples: Path, tmp_path: Path, source: str) -> None:
         import fsspec
 
         memory = fsspec.filesystem("memory")
-        memory.put(str(samples / "hf"), "/converted/hf", recursive=True)
-        convert.to_dcp("memory://converted/hf", "memory://converted/step")
-        convert.to_safetensors("memory://converted/step", tmp_path / "a.safetensors")
-        assert equal_bits(load_file(tmp_path / "a.safetensors"), tensors())
-        memory.rm("/converted", recursive=True)
+        memory.put(str(samples / source), f"/converted/{source}", recursive=True)
+        try:
+            origin, url = f"memory://converted/{source}", "memory://converted"
+            for name, function in TARGETS.items():
+                function(origin, f"{url}/{name}", include="model.*")
+                names = memory.ls(f"/converted/{name}", detail=False)
+                assert not [one for one in names if ".tmp" in one]
+            convert.to_safetensors(f"{url}/folder", tmp_path / "a.safetensors")
+            assert equal_bits(load_file(tmp_path / "a.safetensors"), tensors())
+            for name in ("a.safetensors", "step"):
+                with dcp.open(f"{url}/{name}") as opened:
+                    assert equal_bits(opened.read(list(opened)), tensors())
+            memory.get("/converted/state.pt", str(tmp_path / "state.pt"))
+            with dcp.open(tmp_path / "state.pt") as opened:
+                assert equal_bits(opened.read(list(opened)), tensors())
+        finally:
+            memory.rm("/converted", recursive=True)
 
     def test_an_open_checkpoint_is_a_source_and_stays_open(
         self, samples: Path, tmp_path: Path
@@ -252,22 +269,20 @@ class TestChanges:
             convert.to_torch_save(samples / "hf", tmp_path / "no" / "folder" / "state.pt")
         with pytest.raises(ValueError, match="budget_bytes must be"):
             convert.to_safetensors(samples / "hf", tmp_path / "folder", budget_bytes=0)
+        with pytest.raises(ValueError, match="budget_bytes must be"):
+            convert.to_torch_save(samples / "hf", tmp_path / "state.pt", budget_bytes=0)
         assert os.listdir(tmp_path) == []
 
-    @pytest.mark.parametrize("target", ["memory://run/a", "s3://b/a", ""])
-    @pytest.mark.parametrize("suffix", [".safetensors", "", ".pt"])
-    def test_urls_and_empty_paths_are_no_local_targets(
-        self,
-        samples: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        target: str,
-        suffix: str,
+    def test_empty_paths_and_urls_without_a_file_are_no_targets(
+        self, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        function = convert.to_torch_save if suffix == ".pt" else convert.to_safetensors
-        with pytest.raises(ValueError, match=r"is a URL: give a local|is an empty path"):
-            function(samples / "hf", target and target + suffix)
+        for function in (convert.to_torch_save, convert.to_safetensors, convert.to_dcp):
+            with pytest.raises(ValueError, match="the target is an empty path"):
+                function(samples / "hf", "")
+        for target in ("memory://a/", "s3://bucket"):
+            with pytest.raises(ValueError, match="is no file in a folder"):
+                convert.to_torch_save(samples / "hf", target)
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("target", ["a.safetensors", "state.pt"])
@@ -417,11 +432,10 @@ class TestInterruptions:
             assert os.listdir(tmp_path) == [], target
             monkeypatch.setattr(os, "open", interrupted)
 
-    @pytest.mark.parametrize("target", ["a.safetensors", "folder", "step"])
+    @pytest.mark.parametrize("target", TARGETS)
     def test_a_crash_leaves_the_old_target_or_the_new_one(
         self, samples: Path, faulty_storage: FaultyStorage, checkpoint_dir: Path, target: str
     ) -> None:
-        # The file of torch.save is filled through mapped memory, where no recording sees it.
         path = checkpoint_dir / target
         options = {"include": "model.layers.*"}
         TARGETS[target](samples / "hf", path, **options)
@@ -441,9 +455,81 @@ class TestInterruptions:
             count += 1
         assert count >= 10
 
+    @pytest.mark.parametrize("target", ["a.safetensors", "folder", "state.pt"])
+    def test_the_next_conversion_removes_the_file_of_a_killed_one(
+        self, samples: Path, tmp_path: Path, target: str
+    ) -> None:
+        program = f"""
+import os, signal
+from pytest_dcp._engine.io.local_file import LocalOut
+from pytest_dcp.checkpoint import convert
+write, calls = LocalOut.write, []
+def stopping(out, buffers):
+    calls.append(write(out, buffers))
+    if len(calls) == 3:
+        print("stopped", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+LocalOut.write = stopping
+convert.{TARGETS[target].__name__}({str(samples / "hf")!r}, {target!r}, budget_bytes=2000)
+"""
+        path = tmp_path / target
+        stranger = tmp_path / f".{target}.0123456789abcdef.tmp"
+        stranger.write_bytes(b"a stranger's")
+        with subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        ) as killed:
+            assert killed.stdout is not None
+            assert killed.stdout.readline() == "stopped\n"
+            unfinished = [file for file in tmp_path.rglob("*.tmp") if file != stranger]
+            assert len(unfinished) == 1
+            if target != "folder":  # A folder's saves must not overlap: see the guide.
+                TARGETS[target](samples / "hf", path)
+                assert unfinished[0].exists()  # its process lives
+                path.unlink()
+            killed.kill()
+        TARGETS[target](samples / "hf", path)
+        assert is_whole(path)
+        assert list(tmp_path.rglob("*.tmp")) == [stranger]
+
+    def test_a_file_that_another_conversion_removes_at_once_is_made_again(
+        self, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, taken = whole_file._locked_file, 0
+
+        def late(path: Path) -> Any:
+            nonlocal taken
+            taken += 1
+            if taken <= 2:
+                whole_file.remove_unfinished(Folder(LocalDisk(), tmp_path), "state.pt")
+            return real(path)
+
+        # The search itself uses the function too: the first two calls are in it.
+        monkeypatch.setattr(whole_file, "_locked_file", late)
+        convert.to_torch_save(samples / "hf", tmp_path / "state.pt")
+        assert taken >= 3
+        assert is_whole(tmp_path / "state.pt")
+        assert os.listdir(tmp_path) == ["state.pt"]
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_a_file_system_that_is_full_half_way_is_an_error_and_leaves_nothing(
+        self, tmp_path: Path, target: str
+    ) -> None:
+        torch.save({f"w{n}": torch.ones(1 << 20, dtype=torch.uint8) for n in range(8)},
+                   tmp_path / "source.pt")  # fmt: skip
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, hard))
+        try:
+            with pytest.raises((OSError, dcp.CheckpointException), match="File too large"):
+                TARGETS[target](tmp_path / "source.pt", tmp_path / target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert os.listdir(tmp_path) == ["source.pt"]
+
 
 def small(target: str) -> dict[str, Any]:
     """Options that make many writes."""
+    if target == "state.pt":
+        return {"budget_bytes": 2000}
     return {"budget_bytes": 2000, "max_file_bytes": 3000} if target == "folder" else {}
 
 
@@ -474,8 +560,6 @@ class Countdown:
             (LocalOut, "sync"),
             (operating_system, "replace_file"),
             (operating_system, "sync_file"),
-            (operating_system, "write_at"),
-            (operating_system, "extend_file"),
         ]
         for owner, name in places:
             monkeypatch.setattr(owner, name, self.count(getattr(owner, name)))
@@ -518,6 +602,7 @@ pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 before = peak()
 convert.to_safetensors({str(tmp_path / "step")!r}, "a.safetensors", budget_bytes=4 << 20)
 convert.to_safetensors({str(tmp_path / "step")!r}, "folder", budget_bytes=4 << 20)
+convert.to_torch_save({str(tmp_path / "step")!r}, "a.pt", budget_bytes=4 << 20)
 convert.to_dcp("a.safetensors", "again")
 print(peak() - before)
 """

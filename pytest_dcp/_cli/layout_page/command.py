@@ -6,8 +6,8 @@ from pytest_dcp._cli.arguments import print_json
 from pytest_dcp._cli.layout_page.facts import collect_facts
 from pytest_dcp._cli.layout_page.page import make_page
 from pytest_dcp._cli.texts import plain_text, show_bytes
-from pytest_dcp._engine.conversion.target_paths import target_file
-from pytest_dcp._engine.conversion.whole_file import replace_at_end
+from pytest_dcp._engine.conversion.target_paths import local_target, target_file
+from pytest_dcp._engine.conversion.whole_file import write_whole_file
 from pytest_dcp._engine.lazy_reading.open_checkpoint import open_checkpoint
 
 
@@ -17,15 +17,15 @@ def write_page(source: str, pattern: str, html: str, top: int, *, as_json: bool)
     Raises UnknownNameError if no name matches, and OSError if the file cannot be written; an
     earlier file of this name then stays.
     """
-    path = target_file(html)
+    folder, name = target_file(local_target(html))
     with open_checkpoint(source) as checkpoint:
         names = [pattern] if pattern in checkpoint else checkpoint.glob(pattern)
         if not names:
             checkpoint[pattern]  # raises, with the nearest names
         facts = collect_facts(checkpoint, names, top)
     content = make_page(facts).encode()
-    with replace_at_end(path) as fd, open(fd, "wb", closefd=False) as file:
-        file.write(content)
+    with write_whole_file(folder, name) as out:
+        out.write([content])
     if as_json:
         print_json(
             {

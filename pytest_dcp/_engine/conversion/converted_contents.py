@@ -7,7 +7,8 @@ writer of the target gives; a part of another dtype is cast while it is copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from pytest_dcp._engine.conversion.changes import Changes, check_cast
+from pytest_dcp._engine.io.tensor_batches import Slab
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -25,6 +27,12 @@ from pytest_dcp._engine.plan.nested import Room
 PathLike = str | os.PathLike[str]
 Source = PathLike | OpenCheckpoint
 """A path, a URL, or a checkpoint that is open already."""
+Report = Callable[[str], None]
+"""Called with the target's name of each tensor that is written, from any thread."""
+
+
+def report_nothing(name: str) -> None:
+    """The report of a conversion that shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +75,18 @@ class ConversionReport:
 class ConvertedContents:
     """The tensors and values of the target, read from an open checkpoint."""
 
-    def __init__(self, checkpoint: OpenCheckpoint, changes: Changes) -> None:
+    def __init__(
+        self, checkpoint: OpenCheckpoint, changes: Changes, *, weights_only: bool = True
+    ) -> None:
+        """weights_only: False allows values and containers of any class, which can run code."""
         self.checkpoint = checkpoint
         self.changes = changes
+        self._weights_only = weights_only
         self.tensors: dict[str, ConvertedTensor] = {}
         """By the target's name."""
         self.values: dict[str, str] = {}
         """By the target's name, the source's."""
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._memory = _BatchMemory()
         for name, new in changes.choose(tuple(checkpoint), checkpoint.where).items():
             lazy = checkpoint[name]
             if isinstance(lazy, LazyTensor):
@@ -91,31 +103,32 @@ class ConvertedContents:
             [BoxToRead(self.tensors[name].source, offset, memory) for name, offset, memory in parts]
         )
 
-    def read_whole(self, name: str) -> torch.Tensor:
-        """A full tensor of the target; the next call may use its memory again."""
-        tensor = self.tensors[name]
-        memory = self._allocate(tensor)
-        self.read_parts([(name, (0,) * len(tensor.shape), memory)])
+    def read_slabs(self, slabs: Sequence[Slab]) -> list[torch.Tensor]:
+        """Parts of the target's tensors. Their memory is valid until this thread's next read."""
+        memory = self._memory.allocate(slabs)
+        self.read_parts(
+            [(slab.fqn, slab.offset, part) for slab, part in zip(slabs, memory, strict=True)]
+        )
         return memory
 
-    def _allocate(self, tensor: ConvertedTensor) -> torch.Tensor:
-        """Memory for a tensor: always the same, since fresh pages cost as much as the copy."""
-        if not tensor.nbytes:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
-        if self._buffer.numel() < tensor.nbytes:
-            self._buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        return self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    def read_whole(self, name: str) -> torch.Tensor:
+        """A full tensor of the target. Its memory is valid until this thread's next read."""
+        tensor = self.tensors[name]
+        whole = Slab(name, tensor.dtype, (0,) * len(tensor.shape), tensor.shape)
+        return self.read_slabs([whole])[0]
 
     def read_value(self, name: str) -> Any:
-        """A value of the target, which runs no code. Raises UntrustedPickleError, naming it."""
-        lazy: Any = self.checkpoint[self.values[name]]
-        return lazy.value()
+        """A value of the target. Raises UntrustedPickleError, naming it, for a class that
+        `weights_only` does not allow.
+        """
+        return self.checkpoint.read_value(self.values[name], weights_only=self._weights_only)
 
     def build_state(self, leaf: Callable[[str], Any]) -> dict[Any, Any]:
         """The target's state dict, with a leaf for each name.
 
         It has the containers of the source, if all names are kept; otherwise it is flat. Raises
-        CheckpointMismatchError for containers of other classes than Python's own.
+        CheckpointMismatchError for containers of other classes than Python's own, unless all are
+        trusted.
         """
         state: dict[str, Any] = {}
         names = [*self.tensors, *self.values]
@@ -125,7 +138,7 @@ class ConvertedContents:
         if not self.changes.keeps_names or self.checkpoint.containers is None:
             return state
         containers = Description(self.checkpoint.containers)
-        return containers.rebuilt(state, lambda path: True, trusted=False)
+        return containers.rebuilt(state, lambda path: True, trusted=not self._weights_only)
 
     def report(self, *, values: int, left_out: Sequence[str] = ()) -> ConversionReport:
         """The result, at the end."""
@@ -146,11 +159,39 @@ class ConvertedContents:
         return path if ".".join(map(str, path)) == name else (name,)
 
 
+class _BatchMemory(threading.local):
+    """Memory of each thread for one batch: always the same, since fresh pages cost as much as the
+    copy."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def allocate(self, slabs: Sequence[Slab]) -> list[torch.Tensor]:
+        """Memory for each slab, aligned to its elements."""
+        starts, end = [], 0
+        for slab in slabs:
+            start = -(-end // slab.dtype.itemsize) * slab.dtype.itemsize
+            starts.append(start)
+            end = start + slab.nbytes
+        if self._buffer.numel() < end:
+            self._buffer = torch.empty(end, dtype=torch.uint8)
+        return [
+            self._buffer[start : start + slab.nbytes].view(slab.dtype).view(slab.shape)
+            for start, slab in zip(starts, slabs, strict=True)
+        ]
+
+
 @contextmanager
-def open_source(source: Source, changes: Changes) -> Iterator[ConvertedContents]:
+def open_source(
+    source: Source,
+    changes: Changes,
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    weights_only: bool = True,
+) -> Iterator[ConvertedContents]:
     """The contents of the target. A source that was open stays open."""
     if isinstance(source, OpenCheckpoint):
-        yield ConvertedContents(source, changes)
+        yield ConvertedContents(source, changes, weights_only=weights_only)
         return
-    with open_checkpoint(source) as checkpoint:
-        yield ConvertedContents(checkpoint, changes)
+    with open_checkpoint(source, storage_options=storage_options) as checkpoint:
+        yield ConvertedContents(checkpoint, changes, weights_only=weights_only)

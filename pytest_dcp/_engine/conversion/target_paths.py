@@ -1,36 +1,89 @@
-"""The target of a conversion as a local path. Mistakes are named before anything is read."""
+"""The target of a conversion: a file or a folder, local or by URL. Mistakes are named before
+anything is read.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.storages.local_filesystem import disk_of
 
 PathLike = str | os.PathLike[str]
+Options = Mapping[str, Any] | None
+"""Of the URL's file system: keys, endpoints."""
+
+
+def is_url(target: PathLike) -> bool:
+    """Whether it is a URL, by its form."""
+    return isinstance(target, str) and "://" in target
 
 
 def local_target(target: PathLike) -> Path:
     """The path. Raises ValueError for a URL, which would name a folder here, and an empty path."""
-    name = os.fspath(target)
-    if not name:
-        raise ValueError("the target is an empty path")
-    if isinstance(target, str) and "://" in name:
+    name = _check_name(target)
+    if is_url(target):
         raise ValueError(
             f"the target {name!r} is a URL: give a local path, and copy what is written there"
         )
     return Path(name)
 
 
-def target_file(target: PathLike) -> Path:
-    """The path of a new file, or of one to replace.
-
-    Raises as `local_target`, IsADirectoryError if a folder has its name, and FileNotFoundError if
-    its folder is missing.
+def target_folder(target: PathLike, options: Options = None) -> Folder:
+    """The folder, which need not exist. Raises ValueError for an empty path, NotADirectoryError if
+    a local file has its name.
     """
-    path = local_target(target)
+    name = _check_name(target)
+    folder = _open_url(name, options) if is_url(target) else Folder(LocalDisk(), Path(name))
+    if isinstance(folder.disk, LocalDisk):
+        path = Path(folder.path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "the target is a file", os.fspath(path))
+    return folder
+
+
+def target_file(target: PathLike, options: Options = None) -> tuple[Folder, str]:
+    """The folder and the name of a new file, or of one to replace.
+
+    Raises ValueError for an empty path, IsADirectoryError if a local folder has its name, and
+    FileNotFoundError if its local folder is missing.
+    """
+    name = _check_name(target)
+    if is_url(target):
+        above, _, last = name.rpartition("/")
+        if not last or above.endswith(":/"):
+            raise ValueError(f"the target {name!r} is no file in a folder")
+        folder = _open_url(above, options)
+    else:
+        last = Path(name).name
+        folder = Folder(LocalDisk(), Path(name).parent)
+    if isinstance(folder.disk, LocalDisk):
+        _check_local_file(Path(folder.path), Path(folder.path) / last)
+    return folder, last
+
+
+def _check_name(target: PathLike) -> str:
+    name = os.fspath(target)
+    if not name:
+        raise ValueError("the target is an empty path")
+    return name
+
+
+def _check_local_file(folder: Path, path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "the target file is a folder", os.fspath(path))
-    if not path.parent.is_dir():
+    if not folder.is_dir():
         text = f"{os.strerror(errno.ENOENT)}, the target's folder is missing"
-        raise FileNotFoundError(errno.ENOENT, text, str(path.parent))
-    return path
+        raise FileNotFoundError(errno.ENOENT, text, str(folder))
+
+
+def _open_url(url: str, options: Options) -> Folder:
+    from pytest_dcp._engine.storages.fsspec import open_filesystem
+
+    fs, path = open_filesystem(url, dict(options or {}))
+    return Folder(disk_of(fs), path)

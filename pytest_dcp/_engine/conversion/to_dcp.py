@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
-from pytest_dcp._engine.conversion.whole_file import (
-    remove_if_new,
-)
+from pytest_dcp._engine.conversion.target_paths import target_folder
+from pytest_dcp._engine.conversion.whole_file import remove_if_new
 from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.plan.select import Rename
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
@@ -50,17 +47,13 @@ def to_dcp(
     a save; after a failure it is as it was. Raises as `open_checkpoint` and `save`.
     """
     changes = Changes(include, exclude, rename, dtype)
-    with open_source(source, changes) as contents, _no_new_folder(target):
+    folder = target_folder(target)
+    with open_source(source, changes) as contents, remove_if_new(folder):
         planner = _ConversionPlanner(contents)
         with without_single_process_warning():
             state = contents.build_state(planner.stand_in)
             save(state, checkpoint_id=target, planner=planner, no_dist=True)
         return contents.report(values=len(contents.values))
-
-
-def _no_new_folder(target: PathLike) -> contextlib.AbstractContextManager[None]:
-    is_url = isinstance(target, str) and "://" in target
-    return contextlib.nullcontext() if is_url else remove_if_new(Path(target))
 
 
 class _ConversionPlanner(DefaultSavePlanner):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -19,22 +18,23 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
-from pytest_dcp._engine.conversion.target_paths import local_target, target_file
-from pytest_dcp._engine.conversion.whole_file import remove_if_new
+from pytest_dcp._engine.conversion.target_paths import target_file, target_folder
+from pytest_dcp._engine.conversion.whole_file import remove_if_new, write_whole_file
 from pytest_dcp._engine.format.safetensors_header import METADATA_KEY, NAMES, StoredTensor
 from pytest_dcp._engine.huggingface.consolidate import (
     BATCH_BYTES,
-    Slab,
-    consolidate,
+    SafetensorsToWrite,
     order_tensors,
+    write_safetensors,
 )
 from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder, assign_files
 from pytest_dcp._engine.huggingface.file_layout import FORMAT
-from pytest_dcp._engine.huggingface.file_names import SUFFIX, TEMPORARY
-from pytest_dcp._engine.huggingface.folder import next_number
+from pytest_dcp._engine.huggingface.file_names import SUFFIX
+from pytest_dcp._engine.huggingface.folder import next_number, remove_leftovers
 from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.progress_observer import Observer
+from pytest_dcp._engine.io.tensor_batches import Slab
+from pytest_dcp._engine.io.threads import StopFlag
 from pytest_dcp._engine.plan.select import Rename
 from pytest_dcp._engine.storages.folder_metadata import new_id
 from pytest_dcp.errors import CheckpointMismatchError
@@ -80,7 +80,7 @@ def to_safetensors(
     """
     changes = Changes(include, exclude, rename, dtype)
     is_file = os.fspath(target).endswith(SUFFIX)
-    path = target_file(target) if is_file else local_target(target)
+    folder, name = target_file(target) if is_file else (target_folder(target), "")
     _check_counts(budget_bytes, max_file_bytes, thread_count)
     texts = {**FORMAT, **_check_metadata(metadata or {})}
     with open_source(source, changes) as contents:
@@ -89,11 +89,11 @@ def to_safetensors(
         _check_names(contents)
         tensors = _TensorsOfSource(contents)
         if is_file:
-            _write_file(tensors, path, texts, budget_bytes)
+            _write_file(tensors, folder, name, texts, budget_bytes)
         else:
-            with remove_if_new(path):
+            with remove_if_new(folder):
                 files = _split(contents, max_file_bytes)
-                _write_folder(tensors, path, files, texts, budget_bytes, thread_count)
+                _write_folder(tensors, folder, files, texts, budget_bytes, thread_count)
         return contents.report(values=0, left_out=left_out)
 
 
@@ -112,39 +112,32 @@ class _TensorsOfSource:
         return order_tensors((tensor.name, tensor.dtype, tensor.shape) for tensor in found)
 
     def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
-        memory = [torch.empty(part.shape, dtype=part.dtype) for part in parts]
-        self._contents.read_parts(
-            [(part.fqn, part.offset, tensor) for part, tensor in zip(parts, memory, strict=True)]
-        )
-        return memory
+        return self._contents.read_slabs(parts)
 
 
 def _write_file(
-    tensors: _TensorsOfSource, path: Path, metadata: Mapping[str, str], budget_bytes: int
+    tensors: _TensorsOfSource,
+    folder: Folder,
+    name: str,
+    metadata: Mapping[str, str],
+    budget_bytes: int,
 ) -> None:
-    folder = Folder(LocalDisk(), path.parent)
-    temporary = f".{path.name}.{new_id()[:8]}{TEMPORARY}"
-    names = tensors.names()
-    try:
-        consolidate(tensors, folder, {temporary: names}, metadata, batch_bytes=budget_bytes)
-        folder.replace(temporary, path.name)
-    except BaseException:
-        folder.remove(temporary)
-        raise
-    folder.sync()
+    with write_whole_file(folder, name) as out:
+        file = SafetensorsToWrite(name, tensors.tensors(tensors.names()), metadata)
+        write_safetensors(out, file, tensors, StopFlag(), batch_bytes=budget_bytes)
 
 
 def _write_folder(
     tensors: _TensorsOfSource,
-    path: Path,
+    folder: Folder,
     files: Mapping[str, int],
     metadata: Mapping[str, str],
     budget_bytes: int,
     thread_count: int,
 ) -> None:
-    folder = Folder(LocalDisk(), path)
     for above in folder.make():
         folder.disk.sync_folder(above)
+    remove_leftovers(folder)
     output = ConsolidatedFolder(folder, assign_files(files, files), new_id()[:12], sync=True)
     try:
         nbytes = output.write(

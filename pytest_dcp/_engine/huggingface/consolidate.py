@@ -7,7 +7,7 @@ thread uses at most `BATCH_BYTES` of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,35 +16,21 @@ import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.safetensors_header import StoredTensor, encode, place_tensors
-from pytest_dcp._engine.io.copy_plan import Targets, copies, slabs
+from pytest_dcp._engine.io.copy_plan import Targets, copies
 from pytest_dcp._engine.io.disk import Out
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.read_copies import CopyRequest, ReadSettings, read_copies
+from pytest_dcp._engine.io.tensor_batches import Slab, batch_slabs
 from pytest_dcp._engine.io.tensor_memory import memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
-from pytest_dcp._engine.plan.boxes import pad_rows, strides_of
+from pytest_dcp._engine.plan.boxes import pad_rows
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.load import read_items
 
 BATCH_BYTES = 32 << 20
 """Large enough that reading and writing a batch costs more than the calls for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """A box of a full tensor that is one run of its bytes."""
-
-    fqn: str
-    dtype: torch.dtype
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Of its data."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class SlabSource(Protocol):
@@ -54,7 +40,7 @@ class SlabSource(Protocol):
         """These tensors in the order of a file."""
 
     def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
-        """The parts' values, in their order."""
+        """The parts' values, in their order; valid until the thread's next read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +108,22 @@ def consolidate(
     limit = batch_bytes or BATCH_BYTES
 
     def job(name: str, fqns: Sequence[str]) -> Callable[[StopFlag], int]:
-        file = _File(name, source.tensors(fqns), metadata)
-        return lambda stop: _write(source, folder, file, stop, sync=sync, batch_bytes=limit)
+        file = SafetensorsToWrite(name, source.tensors(fqns), metadata)
+
+        def write(stop: StopFlag) -> int:
+            with folder.create(file.name) as out:
+                write_safetensors(out, file, source, stop, batch_bytes=limit)
+                if sync:
+                    out.sync()
+            return sum(tensor.nbytes for tensor in file.tensors)
+
+        return write
 
     return sum(run_all([job(*file) for file in files.items()], threads))
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class SafetensorsToWrite:
     """A file to be."""
 
     name: str
@@ -137,27 +131,15 @@ class _File:
     metadata: Mapping[str, str]
 
 
-def _write(
-    source: SlabSource,
-    folder: Folder,
-    file: _File,
-    stop: StopFlag,
-    *,
-    sync: bool,
-    batch_bytes: int,
-) -> int:
-    with folder.create(file.name) as out:
-        out.write([encode(file.tensors, file.metadata)])
-        for batch in _batches(file.tensors, batch_bytes):
-            stop.check()
-            _put(out, source.read(batch, Observer("load")))
-        if sync:
-            out.sync()
-    return sum(tensor.nbytes for tensor in file.tensors)
-
-
-def _put(out: Out, tensors: Sequence[torch.Tensor]) -> None:
-    out.write([memory_of(tensor) for tensor in tensors])
+def write_safetensors(
+    out: Out, file: SafetensorsToWrite, source: SlabSource, stop: StopFlag, *, batch_bytes: int
+) -> None:
+    """Write the header and all tensors."""
+    out.write([encode(file.tensors, file.metadata)])
+    for batch in batch_slabs(file.tensors, batch_bytes):
+        stop.check()
+        parts = source.read(batch, Observer("load"))  # Kept: a view does not keep memory alive.
+        out.write([memory_of(part) for part in parts])
 
 
 def order_tensors(
@@ -165,30 +147,3 @@ def order_tensors(
 ) -> list[StoredTensor]:
     """The tensors in the order of a file: wide elements first, so that all are aligned."""
     return place_tensors(sorted(kinds, key=lambda kind: -kind[1].itemsize))
-
-
-def _batches(tensors: Sequence[StoredTensor], limit: int) -> Iterator[list[Slab]]:
-    batch: list[Slab] = []
-    batch_bytes = 0
-    for tensor in tensors:
-        for slab in slabs_of(tensor, limit):
-            if batch and batch_bytes + slab.nbytes > limit:
-                yield batch
-                batch, batch_bytes = [], 0
-            batch.append(slab)
-            batch_bytes += slab.nbytes
-    if batch:
-        yield batch
-
-
-def slabs_of(tensor: StoredTensor, limit: int) -> list[Slab]:
-    """The tensor in runs of at most `limit` bytes, in the order of its data; no runs if it is
-    empty."""
-    if not tensor.nbytes:
-        return []
-    shape = np.array([tensor.shape], dtype=np.int64).reshape(1, len(tensor.shape))
-    stride = strides_of(shape)[0] * tensor.dtype.itemsize
-    return [
-        Slab(tensor.name, tensor.dtype, tuple(offset.tolist()), tuple(part.tolist()))
-        for offset, part in slabs(shape[0], stride, tensor.dtype.itemsize, limit)
-    ]

@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from pytest_dcp._engine.format.catalog import Catalog
-from pytest_dcp._engine.huggingface.consolidate import Shards, Slab
+from pytest_dcp._engine.huggingface.consolidate import Shards
 from pytest_dcp._engine.huggingface.reader import HuggingFaceStorageReader
 from pytest_dcp._engine.io.progress_observer import Observer, observer
+from pytest_dcp._engine.io.tensor_batches import Slab
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden

@@ -141,8 +141,8 @@ class CatalogContents:
         self.bytes_needed += int(stored.nbytes.sum())
         self.bytes_read += stored.tally.read
 
-    def read_value(self, name: str) -> Any:
-        """The value of this name, which runs no code."""
+    def read_value(self, name: str, *, weights_only: bool = True) -> Any:
+        """The value of this name, which runs no code unless `weights_only` is False."""
         none = np.zeros((1, 0), dtype=np.int64)
         value = Wanted((name,), np.array([-1], np.int16), none, none, np.zeros(1, np.int64))
         with self._noticing_a_replacement([name]) as catalog:
@@ -151,7 +151,7 @@ class CatalogContents:
         self.bytes_needed += int(stored.nbytes.sum())
         self.bytes_read += stored.tally.read
         try:
-            return decode_value(entry)
+            return decode_value(entry, weights_only=weights_only)
         except CheckpointCorruptError as error:
             raise error.at(entry=name) from error
 

@@ -77,9 +77,9 @@ class Contents(Protocol):
     def read_boxes(self, boxes: Sequence[BoxToRead]) -> None:
         """Fill the targets. Raises CheckpointCorruptError naming file, entry and offset."""
 
-    def read_value(self, name: str) -> Any:
+    def read_value(self, name: str, *, weights_only: bool = True) -> Any:
         """The value of this name, which runs no code. Raises UntrustedPickleError for one of
-        another class than plain values have."""
+        another class than plain values have, unless `weights_only` is False."""
 
     def file_names(self) -> Sequence[str]:
         """The data files, relative to the checkpoint's folder."""

@@ -128,6 +128,13 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         """Fill the targets with parts of stored tensors."""
         self._contents.read_boxes(boxes)
 
+    def read_value(self, name: str, *, weights_only: bool = True) -> Any:
+        """The value of this name.
+
+        weights_only: False allows values of any class, and reading them can run code.
+        """
+        return self._contents.read_value(name, weights_only=weights_only)
+
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this name."""
         return self._contents.path_of(name)

@@ -146,7 +146,7 @@ class TorchSaveContents:
             self.bytes_read += self._opened.copy_part(part, box.target)
             self.bytes_needed += part.numel() * part.itemsize
 
-    def read_value(self, name: str) -> Any:
+    def read_value(self, name: str, *, weights_only: bool = True) -> Any:
         """The value of this name."""
         with self._closing.keep_open():
             return self._flat[name]

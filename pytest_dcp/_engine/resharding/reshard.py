@@ -11,13 +11,11 @@ Guarantees: until the commit the target is as it was; after a failure its new fi
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
-from pytest_dcp._engine.conversion.target_paths import local_target
+from pytest_dcp._engine.conversion.target_paths import local_target, target_folder
 from pytest_dcp._engine.conversion.whole_file import remove_if_new
 from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
@@ -80,13 +78,13 @@ def reshard(
 
     Raises as `open_checkpoint` and `save`, and ValueError for placements that do not fit a tensor.
     """
-    folder = _check_target(target)
+    folder = target_folder(local_target(target))
     ranks = MeshRanks.of(tuple(mesh))
     with open_source(source, Changes()) as contents:
         planner = _ReshardingPlanner(contents)
         plans = planner.plan_ranks(ranks, rules)
         with remove_if_new(folder):
-            _write(FileSystemWriter(folder), planner, plans, report)
+            _write(FileSystemWriter(folder.path), planner, plans, report)
         tensors = contents.tensors.values()
         return ReshardReport(
             mesh=ranks.shape,
@@ -97,13 +95,6 @@ def reshard(
             largest_chunk_bytes=planner.largest_bytes,
             bytes_read=contents.checkpoint.bytes_read,
         )
-
-
-def _check_target(target: str | os.PathLike[str]) -> Path:
-    folder = local_target(target)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "the target is a file", os.fspath(folder))
-    return folder
 
 
 def _write(

@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format.safetensors_header import StoredTensor
 from pytest_dcp._engine.huggingface import consolidate
-from pytest_dcp._engine.huggingface.consolidate import Shards, slabs_of
+from pytest_dcp._engine.huggingface.consolidate import Shards
+from pytest_dcp._engine.io.tensor_batches import slabs_of
 from pytest_dcp.checkpoint.filesystem import SerializationFormat
 from pytest_dcp.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
