@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pytest_dcp._cli.arguments import Json, print_json
+from pytest_dcp._cli.arguments import Json, StorageOptions, parse_storage_options, print_json
 from pytest_dcp._cli.exit_codes import NO_STEP, report_refusals
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.texts import plain_text
@@ -34,6 +34,7 @@ def bisect(
             "step.",
         ),
     ] = False,
+    storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """Find the first step at which a tensor has NaN, is frozen, or has a large norm.
@@ -42,7 +43,7 @@ def bisect(
     """
     with report_refusals():
         condition = TensorCondition.parse(test)
-        steps = find_numbered_folders(run, folders)
+        steps = find_numbered_folders(run, folders, parse_storage_options(storage_option))
         with show_progress("examining", len(steps), quiet=as_json) as report:
             found = find_first_step(steps, name, condition, monotone=monotone, report=report)
         if as_json:

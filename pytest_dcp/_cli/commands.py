@@ -9,7 +9,7 @@ checkpoints are printed without control characters, and no code of a checkpoint 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pytest_dcp._cli.arguments import Json, Source, print_json
+from pytest_dcp._cli.arguments import (
+    Json,
+    Source,
+    StorageOptions,
+    options_for,
+    parse_storage_options,
+    print_json,
+)
 from pytest_dcp._cli.bisect_command import bisect
 from pytest_dcp._cli.exit_codes import FOUND, report_refusals
 from pytest_dcp._cli.layout_page.command import write_page
@@ -29,6 +36,7 @@ from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain
 from pytest_dcp._engine.conversion.to_dcp import to_dcp
 from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
 from pytest_dcp._engine.conversion.to_torch_save import to_torch_save
+from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
@@ -70,10 +78,11 @@ def list_names(
     sort: Annotated[ListOrder, typer.Option(help="The order of the names.")] = ListOrder.stored,
     top: Annotated[int, typer.Option(help="Only the first of them; 0: all.", min=0)] = 0,
     tree: Annotated[bool, typer.Option("--tree", help="Names as a tree, with sums.")] = False,
+    storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """List names, dtypes, shapes, shards and bytes."""
-    with report_refusals(), open_checkpoint(source) as checkpoint:
+    with report_refusals(), _open(source, storage_option) as checkpoint:
         found = [checkpoint[name] for name in checkpoint.glob(pattern)]
         if sort is ListOrder.name:
             found.sort(key=lambda lazy: lazy.name)
@@ -102,47 +111,59 @@ def show_name(
         str | None, typer.Option("--html", help="Write the layout to this file, as a page.")
     ] = None,
     top: Annotated[int, typer.Option(help="Names in the page: the largest.", min=1)] = MOST_NAMES,
+    storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """Show a tensor's layout and statistics, or a value; or make a page of the whole layout."""
     with report_refusals():
-        if html is not None:
-            write_page(source, name or "*", html, top, as_json=as_json)
-        elif name is None:
+        if html is None and name is None:
             raise ValueError("show takes a name, which `ls` lists, or --html FILE")
-        else:
-            _show_name(source, name, as_json=as_json)
-
-
-def _show_name(source: str, name: str, *, as_json: bool) -> None:
-    with open_checkpoint(source) as checkpoint:
-        lazy = checkpoint[name]
-        if not isinstance(lazy, LazyTensor):
-            value = lazy.value()
-            if as_json:
-                print_json(_describe(lazy) | {"value": repr(value)})
+        with _open(source, storage_option) as checkpoint:
+            if html is not None:
+                write_page(checkpoint, name or "*", html, top, as_json=as_json)
             else:
-                print(f"{plain_text(name)}: {plain_text(repr(value))}")
-            return
-        statistics = asdict(measure_tensor(lazy))
+                _show_name(checkpoint[name or ""], as_json=as_json)
+
+
+def _show_name(lazy: Lazy, *, as_json: bool) -> None:
+    name = plain_text(lazy.name)
+    if not isinstance(lazy, LazyTensor):
+        value = lazy.value()
         if as_json:
-            shards = [asdict(shard) for shard in lazy.shards]
-            print_json(_describe(lazy) | {"layout": shards, "statistics": statistics})
-            return
-        console = Console()
-        print(f"{plain_text(name)}: {lazy.dtype} of {tuple(lazy.shape)}, {show_bytes(lazy.nbytes)}")
-        console.print(draw_layout(lazy.shape, lazy.shards))
-        histogram = statistics.pop("histogram")
-        rows = [(key, _show_number(value)) for key, value in statistics.items()]
-        console.print(draw_table(("statistic", "value"), rows, 1))
-        if histogram:
-            print(f"histogram  |{draw_histogram(histogram)}|")
+            print_json(_describe(lazy) | {"value": repr(value)})
+        else:
+            print(f"{name}: {plain_text(repr(value))}")
+        return
+    statistics = asdict(measure_tensor(lazy))
+    if as_json:
+        shards = [asdict(shard) for shard in lazy.shards]
+        print_json(_describe(lazy) | {"layout": shards, "statistics": statistics})
+        return
+    console = Console()
+    print(f"{name}: {lazy.dtype} of {tuple(lazy.shape)}, {show_bytes(lazy.nbytes)}")
+    console.print(draw_layout(lazy.shape, lazy.shards))
+    histogram = statistics.pop("histogram")
+    rows = [(key, _show_number(value)) for key, value in statistics.items()]
+    console.print(draw_table(("statistic", "value"), rows, 1))
+    if histogram:
+        print(f"histogram  |{draw_histogram(histogram)}|")
+
+
+def _open(
+    source: str,
+    options: Sequence[str] | None,
+    *beside: str,
+    verify: Verify = "auto",
+) -> OpenCheckpoint:
+    """The checkpoint, with the options of the command line; `beside` are its other sources."""
+    storage_options = options_for(source, parse_storage_options(options), *beside)
+    return open_checkpoint(source, verify=verify, storage_options=storage_options)
 
 
 @app.command()
-def verify(source: Source, as_json: Json = False) -> None:
+def verify(source: Source, storage_option: StorageOptions = None, as_json: Json = False) -> None:
     """Read and check every byte; the exit code is 1 if there are problems."""
-    with report_refusals(), open_checkpoint(source, verify="full") as checkpoint:
+    with report_refusals(), _open(source, storage_option, verify="full") as checkpoint:
         with show_progress("checking", len(checkpoint), quiet=as_json) as report:
             found = verify_checkpoint(checkpoint, report)
         if as_json:
@@ -167,10 +188,15 @@ def diff(
     checksums: Annotated[
         bool, typer.Option("--checksums", help="Read no data: compare by checksums alone.")
     ] = False,
+    storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """Compare names, shapes, dtypes and elements; the exit code is 1 if they differ."""
-    with report_refusals(), open_checkpoint(first) as one, open_checkpoint(second) as other:
+    with (
+        report_refusals(),
+        _open(first, storage_option, second) as one,
+        _open(second, storage_option, first) as other,
+    ):
         with show_progress("comparing", len(one), quiet=as_json) as report:
             found = compare_checkpoints(one, other, read=not checksums, report=report)
         if as_json:

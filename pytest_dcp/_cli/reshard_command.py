@@ -8,10 +8,17 @@ from typing import Annotated
 
 import typer
 
-from pytest_dcp._cli.arguments import Json, Source, print_json
+from pytest_dcp._cli.arguments import (
+    Json,
+    Source,
+    StorageOptions,
+    parse_storage_options,
+    print_json,
+)
 from pytest_dcp._cli.exit_codes import report_refusals
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.texts import plain_text, show_bytes
+from pytest_dcp._engine.lazy_reading.open_checkpoint import open_checkpoint
 from pytest_dcp._engine.resharding.placement_texts import PlacementRules, parse_mesh
 from pytest_dcp._engine.resharding.reshard import reshard as reshard_checkpoint
 
@@ -30,13 +37,18 @@ def reshard(
             "name or pattern matches."
         ),
     ] = None,
+    storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
     """Cut a checkpoint into the parts that other ranks would save, in a folder of DCP."""
     with report_refusals():
         sides, rules = _read_layout(ranks, mesh, placements or [])
-        with show_progress("ranks", prod(sides), quiet=as_json) as report:
-            found = reshard_checkpoint(source, target, sides, rules, report)
+        options = parse_storage_options(storage_option)
+        with (
+            open_checkpoint(source, storage_options=options) as checkpoint,
+            show_progress("ranks", prod(sides), quiet=as_json) as report,
+        ):
+            found = reshard_checkpoint(checkpoint, target, sides, rules, report)
         if as_json:
             print_json(asdict(found) | {"target": target})
         else:

@@ -213,6 +213,10 @@ class TestRefusals:
             (["convert", "SAMPLE", "x.pt", "--include", "no.*"], "match nothing"),
             (["convert", "SAMPLE", "no/folder/x.pt"], "folder is missing"),
             (["diff", "SAMPLE", "s9000://x/y"], "s9000"),
+            (["ls", "SAMPLE", "--storage-option", "anon=true"], "is on a local disk"),
+            (["ls", "SAMPLE", "--storage-option", "anon"], "takes KEY=VALUE, got 'anon'"),
+            (["ls", "memory://x", *["--storage-option=max_paths=1"] * 2], "given twice"),
+            (["ls", "memory://x", "--storage-option=anon=1"], "does not know the storage option"),
         ],
     )
     def test_one_line_on_stderr_and_code_2(

@@ -295,12 +295,16 @@ def test_a_refused_removal_is_a_warning_and_ends_with_the_next_save(
     assert numbers(manager) == [3]
 
 
-def test_storage_options_reach_every_part_of_the_manager(
-    server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def options(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Options that lead to the server, which the environment no longer names."""
     close_clients()  # clients are shared by their options, and these have seen the address
-    monkeypatch.delenv("AWS_ENDPOINT_URL")
-    options = {"endpoint_url": server.url, "key": "nothing", "secret": "secret"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # refuses connections
+    yield {"endpoint_url": server.url, "key": "nothing", "secret": "secret"}
+    close_clients()
+
+
+def test_storage_options_reach_every_part_of_the_manager(url: str, options: dict[str, Any]) -> None:
     manager = save_steps(url, 1, 2, keep_last=1, check="checksums", storage_options=options)
     manager.async_save(3, state_of(3))
     manager.wait()
@@ -309,4 +313,49 @@ def test_storage_options_reach_every_part_of_the_manager(
     assert loaded is not None
     assert loaded.number == state["step"] == 3
     assert [step.number for step in manager.steps()] == [3]
-    close_clients()
+
+
+def test_storage_options_reach_every_verb(url: str, options: dict[str, Any]) -> None:
+    at_url: dict[str, Any] = {"checkpoint_id": url, "storage_options": options}
+    dcp.save(state_of(1), **at_url)
+    dcp.async_save(state_of(2), **at_url).result()
+    state = blank()
+    dcp.load(state, **at_url)
+    assert state["step"] == 2
+    assert dcp.load_without_template("step", **at_url) == {"step": 2}
+    with dcp.open(url, storage_options=options) as checkpoint:
+        assert torch.equal(checkpoint["w"][:1], state["w"][:1])
+
+
+def test_storage_options_reach_the_process_of_a_background_save(
+    url: str, options: dict[str, Any]
+) -> None:
+    process = dcp.AsyncCheckpointerType.PROCESS
+    at_url: dict[str, Any] = {"checkpoint_id": url, "storage_options": options}
+    dcp.async_save(state_of(4), async_checkpointer_type=process, **at_url).result()
+    assert dcp.load_without_template("step", **at_url) == {"step": 4}
+
+
+def test_storage_options_reach_every_command(
+    url: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"{url}/run"
+    for step in (1, 2):
+        target = f"{run}/step-{step}"
+        dcp.save(state_of(step), checkpoint_id=target, storage_options=options)
+        dcp.save(state_of(step), checkpoint_id=tmp_path / f"step-{step}")
+    one, two = f"{run}/step-1", f"{run}/step-2"
+    flags = [f"--storage-option={key}={value}" for key, value in options.items()]
+    for code, words in [
+        (0, ["ls", one]),
+        (0, ["show", one, "w"]),
+        (0, ["show", one, "--html", str(tmp_path / "page.html")]),
+        (0, ["verify", one]),
+        (1, ["diff", one, two]),
+        (0, ["diff", one, str(tmp_path / "step-1")]),  # the options are for the URL alone
+        (0, ["diff", str(tmp_path / "step-2"), two]),
+        (0, ["reshard", one, str(tmp_path / "resharded"), "--ranks", "2"]),
+        (0, ["bisect", run, "--name", "w", "--test", "norm>50"]),
+    ]:
+        assert main([*words, *flags]) == code, (words, capsys.readouterr())
+    assert "step-2: w" in capsys.readouterr().out

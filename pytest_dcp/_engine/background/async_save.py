@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
@@ -44,6 +44,7 @@ def async_save(
     no_dist: bool = False,
     use_collectives: bool = True,
     replicas: ReplicaCheck | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Future[Metadata] | AsyncSaveResponse:
     """Save in the background; return a future of the metadata. Afterwards the state may change.
 
@@ -56,6 +57,7 @@ def async_save(
     `save`, run one after another in the order of their calls, each with the state at its call.
 
     replicas: as for `save`; the copies are compared while the state is saved, also in a process.
+    storage_options: as for `save`.
 
     >>> import torch
     >>> from pytest_dcp.checkpoint import async_save, load_without_template
@@ -80,6 +82,7 @@ def async_save(
             process_group,
             resolve_no_dist(no_dist, "save"),
             use_collectives=use_collectives,
+            storage_options=storage_options,
         )
         team = _background_team(call, in_process=in_process)
         with team.preparing():

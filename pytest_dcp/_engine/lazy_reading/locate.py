@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.object_disk import type_of_entry
 from pytest_dcp._engine.storages.local_filesystem import disk_of
+from pytest_dcp._engine.storages.storage_options import check_storage_options, is_url
 from pytest_dcp.errors import NotACheckpointError
 
 PathLike = str | os.PathLike[str]
@@ -45,14 +46,18 @@ class Location:
 
 
 def locate_checkpoint(
-    path: PathLike, *, rank: int | None, follow_links: bool | None, storage_options: dict[str, Any]
+    path: PathLike,
+    *,
+    rank: int | None,
+    follow_links: bool | None,
+    storage_options: Mapping[str, Any] | None,
 ) -> Location:
     """Where the checkpoint is, and its format.
 
     follow_links: None: only the files of safetensors checkpoints may be links to other folders.
 
     Raises FileNotFoundError if nothing is there, NotACheckpointError for anything else than a
-    checkpoint, TypeError for a path that is none.
+    checkpoint, TypeError for a path that is none, ValueError for options that do not belong to it.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a checkpoint is opened by its path or URL, got {type(path).__name__}")
@@ -60,8 +65,9 @@ def locate_checkpoint(
     if not name:
         raise FileNotFoundError("no checkpoint: the path is empty")
     follows = follow_links is not False
-    if isinstance(path, str) and "://" in path:
-        folder, file = _locate_url(name, follows, storage_options)
+    options = check_storage_options(storage_options, path)
+    if is_url(path):
+        folder, file = _locate_url(name, follows, options)
     else:
         folder, file = _locate_path(name, follows)
     if file is not None and file in (INDEX_NAME, metadata_name(rank)):

@@ -251,7 +251,7 @@ def open_checkpoint(
     checkpoint, CheckpointCorruptError, naming the file, if the index is damaged.
     """
     location = locate_checkpoint(
-        path, rank=rank, follow_links=follow_links, storage_options=dict(storage_options or {})
+        path, rank=rank, follow_links=follow_links, storage_options=storage_options
     )
     settings = ReadSettings(
         checked_verify(verify),

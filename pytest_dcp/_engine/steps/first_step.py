@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from pytest_dcp._engine.lazy_reading.comparison import have_equal_elements
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
-from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint
 from pytest_dcp._engine.steps.numbered_folders import NumberedFolder
 from pytest_dcp._engine.steps.tensor_conditions import TensorCondition
 from pytest_dcp.errors import CheckpointError, UnknownNameError
@@ -141,10 +141,8 @@ class _Examination:
         self.report(step.name)
         try:
             with ExitStack() as opened:
-                checkpoint = opened.enter_context(open_checkpoint(step.path))
-                earlier = None
-                if before is not None:
-                    earlier = opened.enter_context(open_checkpoint(before.path))
+                checkpoint = opened.enter_context(step.open())
+                earlier = None if before is None else opened.enter_context(before.open())
                 try:
                     evidence = tuple(self._test_tensors(checkpoint, earlier))
                 finally:

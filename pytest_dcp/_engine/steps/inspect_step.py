@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -63,8 +62,9 @@ def _problem_of_files(folder: Folder, places: EntryPlaces) -> str | None:
 
 
 def _read_all(checkpoint_id: Any, storage_options: Mapping[str, Any]) -> None:
-    options = None if isinstance(checkpoint_id, Path) else storage_options
-    with open_checkpoint(checkpoint_id, verify="full", storage_options=options) as checkpoint:
+    with open_checkpoint(
+        checkpoint_id, verify="full", storage_options=storage_options
+    ) as checkpoint:
         for lazy in checkpoint.values():
             if isinstance(lazy, LazyTensor):
                 lazy.tensor()

@@ -34,7 +34,7 @@ def load_latest_step(
             return None
         try:
             with run.ranks.without_warning():
-                report = load(state_dict, **run.source(step.number, keywords))
+                report = load(state_dict, **run.arguments_for(step.number, keywords))
         except (OSError, CheckpointError) as error:
             if _has_index(run, step.number):
                 if not isinstance(error, CheckpointCorruptError):

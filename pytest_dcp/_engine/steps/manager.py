@@ -56,6 +56,7 @@ class CheckpointManager:
         either way.
     process_group: whose ranks save and load together; None: the default group. no_dist: this
         process alone.
+    storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
 
     Every method that saves, loads or removes is collective: all ranks call it, in the same order.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
 from pytest_dcp._engine.steps.run_place import RunPlace
 
 NUMBERED = re.compile(r"(.*?)(\d{1,18})")
@@ -28,27 +29,37 @@ class NumberedFolder:
     number: int
     path: Any
     """A Path, or a URL."""
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    """For the file system of the URL."""
+
+    def open(self) -> OpenCheckpoint:
+        """The checkpoint in it. Raises as `open_checkpoint`."""
+        return open_checkpoint(self.path, storage_options=self.storage_options)
 
 
 def find_numbered_folders(
-    run: str | os.PathLike[str], pattern: str | None = None
+    run: str | os.PathLike[str],
+    pattern: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[NumberedFolder]:
     """The folders, by ascending number.
 
     pattern: of their names, shell-style. None: `step-*`, if there are such folders; else all that
         end in a number.
+    storage_options: for the file system of a URL.
 
     Raises FileNotFoundError if there are none, and ValueError if their numbers do not order them:
     two are equal, or the names differ in more than the number.
     """
-    folders = RunPlace(run).open_folders()
+    options = dict(storage_options or {})
+    folders = RunPlace(run, options).open_folders()
     chosen = choose_numbered(folders.folder_names(), pattern)
     if not chosen:
         matching = "" if pattern is None else f" that {pattern!r} matches"
         raise FileNotFoundError(
             f"{os.fspath(run)} has no folders with a number at the end{matching}"
         )
-    return [NumberedFolder(name, number, folders.path_of(name)) for number, name in chosen]
+    return [NumberedFolder(name, number, folders.path_of(name), options) for number, name in chosen]
 
 
 def choose_numbered(names: Sequence[str], pattern: str | None) -> list[tuple[int, str]]:

@@ -95,15 +95,10 @@ class OpenRun:
         if self._process == os.getpid():
             self._lock.release()
 
-    def target(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `save` for this step, with the caller's own."""
-        place = self.place.for_saving(self.steps.folders.checkpoint_id(step))
-        return place | dict(keywords) | self.ranks.arguments
-
-    def source(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `load` for this step, with the caller's own."""
-        place = self.place.for_loading(self.steps.folders.checkpoint_id(step))
-        return place | dict(keywords) | self.ranks.arguments
+    def arguments_for(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `save` and `load` for this step, with the caller's own."""
+        checkpoint_id = self.steps.folders.checkpoint_id(step)
+        return self.place.arguments_for(checkpoint_id, keywords) | self.ranks.arguments
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock and the running saves: they are this process's."""

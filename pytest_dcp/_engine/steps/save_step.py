@@ -29,7 +29,7 @@ def save_step(
     """Save a step, then remove the steps that no rule keeps. Collective."""
     _begin(run, step, metrics)
     with run.ranks.without_warning():
-        save(state_dict, **run.target(step, keywords))
+        save(state_dict, **run.arguments_for(step, keywords))
     _end(run, step)
 
 
@@ -43,7 +43,7 @@ def start_save(
     """Save a step in the background; `wait_for_saves` waits for it. Collective."""
     _begin(run, step, metrics)
     with run.ranks.without_warning():
-        response = async_save(state_dict, **run.target(step, keywords))
+        response = async_save(state_dict, **run.arguments_for(step, keywords))
     if isinstance(response, AsyncSaveResponse):
         run.running[step] = response.upload_completion
     else:

@@ -7,7 +7,7 @@ put of `.metadata`, which happens whole or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from io import IOBase
 from pathlib import Path
@@ -65,7 +65,8 @@ class FileSystem(FileSystemBase):
 
         options: for that file system, kept for later paths.
 
-        Raises ImportError naming the package that a protocol needs, ValueError for an unknown one.
+        Raises ImportError naming the package that a protocol needs, ValueError for an unknown one
+        or for options that the file system refuses.
         """
         from fsspec.core import url_to_fs
 
@@ -74,6 +75,11 @@ class FileSystem(FileSystemBase):
             self.fs, self.path_of[os.fspath(path)] = url_to_fs(os.fspath(path), **self.options)
         except ImportError as error:
             raise ImportError(f"{os.fspath(path)!r} cannot be reached: {error}") from error
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"the file system of {os.fspath(path)!r} cannot be opened with the options "
+                f"{', '.join(self.options) or 'that it was given (none)'}: {error}"
+            ) from error
         return path
 
     def rename(self, path: Id, new_path: Id) -> None:
@@ -87,12 +93,14 @@ class FileSystem(FileSystemBase):
         """Whether the id is a URL of a protocol that fsspec knows."""
         from fsspec import available_protocols
         from fsspec.core import split_protocol
+        from fsspec.registry import registry
 
         if isinstance(checkpoint_id, Path):
             return False
         outermost = os.fspath(checkpoint_id).split("::")[0]
-        protocol = split_protocol(outermost)[0]
-        return (protocol or outermost) in available_protocols()
+        protocol = split_protocol(outermost)[0] or outermost
+        # The registry also has classes that a program has registered.
+        return protocol in registry or protocol in available_protocols()
 
     def exists(self, path: Id) -> bool:
         self.fs.invalidate_cache(os.fspath(path))
@@ -134,9 +142,12 @@ class FsspecWriter(FileSystemWriter):
         overwrite: bool = True,
         _extensions: Sequence[StreamTransformExtension] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As FileSystemWriter's. kwargs: options of the file system: keys, endpoints ..."""
+        """As FileSystemWriter's. kwargs and storage_options: of the file system, such as keys and
+        endpoints; in the latter an option may have the name of another parameter."""
         super().__init__(
             path,
             single_file_per_rank,
@@ -147,8 +158,8 @@ class FsspecWriter(FileSystemWriter):
             _extensions=_extensions,
             serialization_format=serialization_format,
         )
-        self.options = kwargs
-        self.fs, self.path = open_filesystem(path, kwargs)
+        self.options = kwargs | dict(storage_options or {})
+        self.fs, self.path = open_filesystem(path, self.options)
 
     def _point_at(self, checkpoint_id: Id) -> None:
         self.fs, self.path = open_filesystem(checkpoint_id, self.options)
@@ -171,9 +182,10 @@ class FsspecReader(FileSystemReader):
         thread_count: int | None = None,
         max_decoded_bytes: int | None = None,
         follow_links: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As FileSystemReader's, but for 8 threads. kwargs: options of the file system."""
+        """As FileSystemReader's, but for 8 threads. kwargs and storage_options: as the writer's."""
         super().__init__(
             path,
             _extension_registry,
@@ -182,8 +194,8 @@ class FsspecReader(FileSystemReader):
             max_decoded_bytes=max_decoded_bytes,
             follow_links=follow_links,
         )
-        self.options = kwargs
-        self.fs, self.path = open_filesystem(path, kwargs, follow_links=follow_links)
+        self.options = kwargs | dict(storage_options or {})
+        self.fs, self.path = open_filesystem(path, self.options, follow_links=follow_links)
         if thread_count is None and isinstance(self.fs, FileSystem):
             self.thread_count = READERS
 

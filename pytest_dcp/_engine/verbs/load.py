@@ -6,7 +6,7 @@ Each makes the team and the request, and hands both to `load_steps`, which descr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +76,7 @@ def load(
     weights_only: bool = True,
     verify: Verify | None = None,
     progress: Callable[[Progress], None] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Fill the state dict; report missing, unexpected and converted keys. Collective.
 
@@ -92,6 +93,7 @@ def load(
         checkpoints whose writer you trust.
     verify: "auto", "full" or "off", see FileSystemReader; None: "auto", or the given reader's.
     progress: called now and then with this rank's progress.
+    storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why: keys
     that do not fit (CheckpointMismatchError) before any byte moves, damage
@@ -112,7 +114,7 @@ def load(
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     with team.preparing():
         check_state_dict(state_dict)
-        storage_reader = reader_for(storage_reader, checkpoint_id, **options)
+        storage_reader = reader_for(storage_reader, checkpoint_id, storage_options, **options)
         chosen = Selection([keys] if isinstance(keys, str) else keys, rename)
         chosen.check_types()
         planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
@@ -162,6 +164,7 @@ def load_without_template(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     weights_only: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the checkpoint's whole state dict on the CPU of every rank.
 
@@ -171,6 +174,7 @@ def load_without_template(
 
     keys: only these flat names, and names below them; None: everything.
     no_dist: this rank loads alone, even in a process group.
+    storage_options: for the file system of a URL.
 
     Raises CheckpointException, as `load`; its cause is a CheckpointMismatchError, naming them, for
     containers and keys of other classes than Python's own, unless `weights_only` is False.
@@ -179,7 +183,7 @@ def load_without_template(
     team = _load_team(process_group, no_dist, 0, storage_reader, checkpoint_id)
     state_dict: dict[str, Any] = {}
     with team.preparing():
-        storage_reader = reader_for(storage_reader, checkpoint_id)
+        storage_reader = reader_for(storage_reader, checkpoint_id, storage_options)
         planner = _EmptyStateDictLoadPlanner(
             {keys} if isinstance(keys, str) else keys, weights_only=weights_only
         )

@@ -7,7 +7,7 @@ Two steps, each taken by all ranks or by none: in "plan" the coordinator joins t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,6 +94,7 @@ def save(
     use_collectives: bool = True,
     progress: Callable[[Progress], None] | None = None,
     replicas: ReplicaCheck | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Metadata:
     """Save the ranks' state dicts as one checkpoint; return its metadata. Collective.
 
@@ -109,6 +110,7 @@ def save(
         "sample" (the default, None: every Python value and a small sample of the tensors), "check"
         (everything) or "off". For the default planner; DefaultSavePlanner has the same argument.
         Copies that differ raise ReplicaMismatchError; PerRank saves a value of each rank.
+    storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
 
     In a fake world (torch's FakeProcessGroup) the save is planned for all ranks, as
     `pytest_dcp.simulate` plans it, and nothing is written.
@@ -129,6 +131,7 @@ def save(
         process_group,
         resolve_no_dist(no_dist, "save"),
         use_collectives=use_collectives,
+        storage_options=storage_options,
     )
     if (fake := fake_group_of(call)) is not None:
         check_state_dict(state_dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class SaveCall:
     """In the group."""
     use_collectives: bool = True
     """False: each rank plans and commits its own part, perhaps in a folder of its own."""
+    storage_options: Mapping[str, Any] | None = None
+    """For the file system of a URL that `checkpoint_id` gives."""
 
     def open_team(self, operation: str = "save", *, background: bool = False) -> Team:
         """The team of this save, which takes its place in the order of the group's operations."""
@@ -41,8 +43,12 @@ class SaveCall:
         )
 
     def writer(self) -> StorageWriter:
-        """The storage to write to. Raises TypeError or RuntimeError if the id names none."""
-        return writer_for(self.storage_writer, self.checkpoint_id)
+        """The storage to write to.
+
+        Raises TypeError or RuntimeError if the id names none, ValueError for options that it does
+        not take.
+        """
+        return writer_for(self.storage_writer, self.checkpoint_id, self.storage_options)
 
     def reset(self) -> Callable[[], None] | None:
         """A function that sets a given storage to the id, if there is anything to set."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
@@ -14,22 +13,29 @@ from pytest_dcp._engine.coordinate import Subject
 from pytest_dcp._engine.plan.storage_capabilities import place_of, shares_folder
 from pytest_dcp._engine.storages.folder_reader import FileSystemReader
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.storages.storage_options import check_storage_options, is_url
 
 Id = str | os.PathLike[str] | None
 
 
-def writer_for(storage: StorageWriter | None, checkpoint_id: Id) -> StorageWriter:
+def writer_for(
+    storage: StorageWriter | None,
+    checkpoint_id: Id,
+    storage_options: Mapping[str, Any] | None = None,
+) -> StorageWriter:
     """The storage to write to. `reset_to` sets a given storage to the id later."""
     if storage is not None:
+        _refuse_options(storage_options, storage, "FsspecWriter")
         _check_storage(storage, "write_data", "storage_writer must be a StorageWriter")
         return storage
     path = _check_id(checkpoint_id, "storage_writer")
-    if not _is_url(path):
+    own_options = check_storage_options(storage_options, path)
+    if not is_url(path):
         return FileSystemWriter(path)
     from pytest_dcp._engine.storages.fsspec import FsspecWriter
 
     _check_protocol(path, FsspecWriter, "storage_writer")
-    return FsspecWriter(path)
+    return FsspecWriter(path, storage_options=own_options)
 
 
 def reset_to(storage: StorageWriter | None, checkpoint_id: Id) -> Callable[[], None] | None:
@@ -50,27 +56,37 @@ def subject_of(storage: StorageWriter | StorageReader | None, checkpoint_id: Id)
         if not place:
             return None
         name = os.fspath(place)
-        if _is_url(place):
+        if is_url(place):
             return Subject(name, name)
         return Subject(os.path.abspath(name), os.path.realpath(name))
     except (TypeError, ValueError, OSError):
         return None
 
 
-def reader_for(storage: StorageReader | None, checkpoint_id: Id, **options: Any) -> StorageReader:
-    """The storage to read from, set to the id if one is given; only a new one takes the options."""
+def reader_for(
+    storage: StorageReader | None,
+    checkpoint_id: Id,
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> StorageReader:
+    """The storage to read from, set to the id if one is given; only a new one takes the options.
+
+    storage_options: of a URL's file system. options: of the reader.
+    """
     if storage is not None:
+        _refuse_options(storage_options, storage, "FsspecReader")
         _check_storage(storage, "read_metadata", "storage_reader must be a StorageReader")
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
     path = _check_id(checkpoint_id, "storage_reader")
-    if not _is_url(path):
+    own_options = check_storage_options(storage_options, path)
+    if not is_url(path):
         return FileSystemReader(path, **options)
     from pytest_dcp._engine.storages.fsspec import FsspecReader
 
     _check_protocol(path, FsspecReader, "storage_reader")
-    return FsspecReader(path, **options)
+    return FsspecReader(path, storage_options=own_options, **options)
 
 
 def _check_storage(storage: object, method: str, expected: str) -> None:
@@ -97,8 +113,13 @@ def _check_id(checkpoint_id: Any, argument: str) -> str | os.PathLike[str]:
     return path
 
 
-def _is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
-    return not isinstance(checkpoint_id, PurePath) and "://" in os.fspath(checkpoint_id)
+def _refuse_options(options: Mapping[str, Any] | None, storage: object, ours: str) -> None:
+    """Raise ValueError for options beside a storage, which has its own."""
+    if options:
+        raise ValueError(
+            "storage_options are for the storage that checkpoint_id chooses, and a "
+            f"{type(storage).__name__} was given: give them to it ({ours} takes storage_options)"
+        )
 
 
 def _check_protocol(
