@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -22,8 +24,10 @@ from pytest_dcp._engine.background.process import Job, State, pickle_for_process
 from pytest_dcp._engine.coordinate import Team, announce
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.plan.storage_capabilities import holds_copy, stages_at_will
-from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
+from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state, stage_within_budget
+from pytest_dcp._engine.staging.unstaged_tensors import UnstagedTensors
 from pytest_dcp._engine.verbs.call_events import CallEvents
+from pytest_dcp._engine.verbs.phase_timing import logger
 from pytest_dcp._engine.verbs.save import Save, planner_for, read_stateful
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 from pytest_dcp._engine.verbs.torch_arguments import check_state_dict, resolve_no_dist
@@ -45,6 +49,7 @@ def async_save(
     use_collectives: bool = True,
     replicas: ReplicaCheck | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    staging_budget: int | None = None,
 ) -> Future[Metadata] | AsyncSaveResponse:
     """Save in the background; return a future of the metadata. Afterwards the state may change.
 
@@ -58,6 +63,10 @@ def async_save(
 
     replicas: as for `save`; the copies are compared while the state is saved, also in a process.
     storage_options: as for `save`.
+    staging_budget: the most bytes of memory that the copies of all saves under way may take in this
+        rank. Tensors that do not fit are written from their own memory, first of all, and the call
+        returns once they are written: 0 copies none. Then it waits for the other ranks, and for
+        the saves before it, too. For saves in a thread, without a stager. Raises ValueError.
 
     >>> import torch
     >>> from pytest_dcp.checkpoint import async_save, load_without_template
@@ -88,12 +97,34 @@ def async_save(
         with team.preparing():
             check_state_dict(state_dict)
             chosen = planner_for(planner, replicas)
-            job = _prepare_job(team, call, chosen, in_process=in_process)
             stager = async_stager or _own_stager(storage_writer)
-            if stager is None:
+            if staging_budget is not None:
+                _require_own_staging(staging_budget, stager, in_process=in_process)
+            job = _prepare_job(team, call, chosen, in_process=in_process)
+            if stager is None and staging_budget is None:
                 _skip_stage(storage_writer)
-            staging = _Staging(state_dict, stager, shared=in_process)
-        return staging.response(job(staging.state))
+            staging = _Staging(state_dict, stager, shared=in_process, budget_bytes=staging_budget)
+        return staging.response(job(staging.state, staging.unstaged))
+
+
+def _require_own_staging(
+    budget_bytes: int, stager: AsyncStager | None, *, in_process: bool
+) -> None:
+    """Raise ValueError or TypeError unless this save can keep to the budget."""
+    if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool):
+        raise TypeError(f"staging_budget is a number of bytes; got {budget_bytes!r:.200}")
+    if budget_bytes < 0:
+        raise ValueError(f"staging_budget is a number of bytes, 0 or more; got {budget_bytes}")
+    if in_process:
+        raise ValueError(
+            "staging_budget is for saves in a thread: another process can save only what was "
+            "copied for it"
+        )
+    if stager is not None:
+        raise ValueError(
+            f"staging_budget is for the engine's own copies: {type(stager).__name__} stages the "
+            "state in its own way"
+        )
 
 
 def _require_saver_processes() -> None:
@@ -121,7 +152,9 @@ def save_staged(
         if not isinstance(staged, Future):
             check_state_dict(staged)
         job = _prepare_job(team, call, planner_for(planner, None), in_process=in_process)
-    return job(lambda: read_stateful(staged.result() if isinstance(staged, Future) else staged))
+    return job(
+        lambda: read_stateful(staged.result() if isinstance(staged, Future) else staged), None
+    )
 
 
 def _background_team(call: SaveCall, *, in_process: bool) -> Team:
@@ -135,16 +168,17 @@ def _background_team(call: SaveCall, *, in_process: bool) -> Team:
 
 def _prepare_job(
     team: Team, call: SaveCall, planner: SavePlanner, *, in_process: bool
-) -> Callable[[State], Future[Metadata]]:
+) -> Callable[[State, UnstagedTensors | None], Future[Metadata]]:
     """A function that starts the save of a staged state, in a thread or in the rank's process."""
     writer, reset, together = call.writer(), call.reset(), call.use_collectives
     if in_process:
         _require_saver_processes()
         how = pickle_for_process(writer, planner)
         to_set = call.checkpoint_id if reset else None
-        return lambda state: save_in_process(Job(team, state, how, to_set, together))
-    return lambda state: _save_in_thread(
-        Save(team, SaveRequest(state, writer, planner, use_collectives=together, reset=reset))
+        return lambda state, _: save_in_process(Job(team, state, how, to_set, together))
+    request = partial(SaveRequest, use_collectives=together, reset=reset)
+    return lambda state, unstaged: _save_in_thread(
+        Save(team, request(state, writer, planner, unstaged=unstaged))
     )
 
 
@@ -152,16 +186,24 @@ class _Staging:
     """The copy of a state: done, failed, or under way."""
 
     def __init__(
-        self, state_dict: dict[str, Any], stager: AsyncStager | None, *, shared: bool
+        self,
+        state_dict: dict[str, Any],
+        stager: AsyncStager | None,
+        *,
+        shared: bool,
+        budget_bytes: int | None,
     ) -> None:
         """Copy, or let the stager begin to. An exception is kept for the save."""
+        self.unstaged: UnstagedTensors | None = None
         self._stager = stager
         self._copied: Any = None
         self._failure: Exception | None = None
         try:
             plain = read_stateful(state_dict)
             with CallEvents("stage_state_dict", {}, log_exceptions=True):
-                if stager is None:
+                if budget_bytes is not None:
+                    self._copied, self.unstaged = stage_within_budget(plain, KEPT, budget_bytes)
+                elif stager is None:
                     self._copied = stage_state(plain, KEPT_SHARED if shared else KEPT)
                 else:
                     self._copied = stager.stage(plain)
@@ -188,6 +230,13 @@ class _Staging:
             return AsyncSaveResponse(wrap_future(later), cast(Any, uploading))
         if stager is not None and self._failure is None and stager.should_synchronize_after_execute:
             stager.synchronize_staging()
+        if self.unstaged is not None:
+            start = time.perf_counter()
+            self.unstaged.wait()
+            logger.info(
+                "async_save waited %.3f s until %.3f MB were written that did not fit into "
+                "staging_budget", time.perf_counter() - start, self.unstaged.nbytes / 1e6,
+            )  # fmt: skip
         return uploading
 
 
@@ -220,6 +269,9 @@ def _save_in_thread(save: Save) -> Future[Metadata]:
             uploading.set_exception(error)
         else:
             uploading.set_result(metadata)
+        finally:
+            if save.request.unstaged is not None:
+                save.request.unstaged.end()
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
     pool.submit(run)

@@ -79,6 +79,8 @@ class FileJob:
     """Rows of the plan, in the file's order."""
     nbytes: int = 0
     """A lower bound of the file's size, derived from the plan."""
+    awaited: int = 0
+    """How many of the first rows are reported by `WriteRequest.awaited_rows_done`."""
 
 
 @dataclass(slots=True)
@@ -108,6 +110,8 @@ class WriteRequest:
     """Gives the data of a row."""
     settings: Settings
     observer: Observer
+    awaited_rows_done: Callable[[], None] = lambda: None
+    """Called by each job that has awaited rows, once their memory is no longer read."""
 
 
 def write_files(request: WriteRequest) -> WriteColumns:
@@ -126,26 +130,35 @@ def write_files(request: WriteRequest) -> WriteColumns:
 
 
 def _write_file(request: WriteRequest, job: FileJob, stop: StopFlag) -> Rows:
-    source, settings = request.source, request.settings
-    plain = settings.is_plain
+    settings = request.settings
     with request.folder.create(job.name) as out:
-        if plain:
+        if settings.is_plain:
             out.reserve(job.nbytes)
         file = File(out, request.observer, stop, job.nbytes)
         rows = Rows()
-        for row in job.rows:
-            data = source(row)
-            if not plain:
-                _put_transformed(file, rows, row, data, settings)
-            elif isinstance(data, torch.Tensor):
-                _put_tensor(file, rows, row, data, settings)
-            else:
-                _put_value(file, rows, row, data)
+        if job.awaited:
+            _put_rows(file, rows, job.rows[: job.awaited], request)
+            request.awaited_rows_done()
+        _put_rows(file, rows, job.rows[job.awaited :], request)
         file.flush()
         out.end_at(file.position)
         if settings.sync:
             out.sync()
     return rows
+
+
+def _put_rows(file: File, rows: Rows, numbers: Sequence[int], request: WriteRequest) -> None:
+    """Write these rows; afterwards their tensors may change."""
+    source, settings = request.source, request.settings
+    plain = settings.is_plain
+    for row in numbers:
+        data = source(row)
+        if not plain:
+            _put_transformed(file, rows, row, data, settings)
+        elif isinstance(data, torch.Tensor):
+            _put_tensor(file, rows, row, data, settings)
+        else:
+            _put_value(file, rows, row, data)
 
 
 class File:

@@ -127,13 +127,28 @@ class Pool:
         self.shared = shared
         self.idle: list[Memory] = []
         """The stretch that was returned last is last."""
+        self._leased_bytes = 0
         # Memory may be returned in any thread at any allocation, even in this class.
         self._lock = threading.RLock()
         self._open = True
 
-    def lease(self, nbytes: int) -> Arena:
-        """Memory for `nbytes`."""
-        memory = self._find_fitting(nbytes) or Memory(nbytes, shared=self.shared)
+    def available_bytes(self, budget_bytes: int) -> int:
+        """How much of the budget the states that are in use now leave."""
+        with self._lock:
+            return max(0, budget_bytes - self._leased_bytes)
+
+    def lease(self, nbytes: int, budget_bytes: int | None = None) -> Arena:
+        """Memory for `nbytes`.
+
+        budget_bytes: frees idle memory that would make the pool larger than this.
+        """
+        memory = self._find_fitting(nbytes, budget_bytes)
+        if memory is None:
+            if budget_bytes is not None:
+                self._free_idle_beyond(budget_bytes - nbytes)
+            memory = Memory(nbytes, shared=self.shared)
+        with self._lock:
+            self._leased_bytes += memory.nbytes
         array = np.frombuffer(memory.pages, dtype=np.uint8)
         # Tensors keep the array alive, so its finalizer reports their end.
         weakref.finalize(array, self._take_back, memory).atexit = False
@@ -151,17 +166,29 @@ class Pool:
         self._open = False
         self.clear()
 
-    def _find_fitting(self, nbytes: int) -> Memory | None:
+    def _find_fitting(self, nbytes: int, budget_bytes: int | None) -> Memory | None:
         with self._lock:
+            largest = max(SPARE * nbytes, mmap.PAGESIZE)
+            if budget_bytes is not None:
+                largest = min(largest, max(budget_bytes - self._leased_bytes, mmap.PAGESIZE))
             for memory in reversed(self.idle):
-                if nbytes <= memory.nbytes <= max(SPARE * nbytes, mmap.PAGESIZE):
+                if nbytes <= memory.nbytes <= largest:
                     self.idle.remove(memory)
                     return memory
             del self.idle[: len(self.idle) + 1 - IDLE]
             return None
 
+    def _free_idle_beyond(self, budget_bytes: int) -> None:
+        """Free the idle memory that was returned first, until the pool has room in the budget."""
+        with self._lock:
+            while self.idle and (
+                self._leased_bytes + sum(memory.nbytes for memory in self.idle) > budget_bytes
+            ):
+                del self.idle[0]
+
     def _take_back(self, memory: Memory) -> None:
         with self._lock:
+            self._leased_bytes -= memory.nbytes
             if self._open:
                 self.idle.append(memory)
                 del self.idle[:-IDLE]

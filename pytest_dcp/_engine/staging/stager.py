@@ -7,9 +7,10 @@ in the memory of an arena. Only the part of a storage that a tensor views is cop
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from itertools import compress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pytest_dcp._engine.plan.opaque import HOOK, is_opaque, map_inner_tensors
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.plan.shards import PLAIN, hooks_of, require_memory, with_hooks
 from pytest_dcp._engine.staging.buffer_pool import Pool, needed_bytes
+from pytest_dcp._engine.staging.unstaged_tensors import UnstagedTensors
 from pytest_dcp._torch_internals.dtensors import local_tensor
 from pytest_dcp._torch_internals.sharded_tensors import (
     Shard,
@@ -162,26 +164,95 @@ def stage_state(
     pin: lock the memory if tensors are on a GPU. blocking: wait after each copy, not once for all.
     Raises PlanError, before anything is copied, for tensors that have no values to copy.
     """
+    return _stage_sources(state_dict, _tensors_to_stage(state_dict), pool, pin, blocking)
+
+
+def stage_within_budget(
+    state_dict: State, pool: Pool, budget_bytes: int
+) -> tuple[State, UnstagedTensors | None]:
+    """A copy of the state dict that leaves the tensors uncopied for which the budget has no room.
+
+    budget_bytes: for all states in the pool's memory. The tensors that were left are the state
+    dict's own: it must not change before they are written. None: everything was copied.
+    Raises PlanError as `stage_state`.
+    """
+    sources = _tensors_to_stage(state_dict)
+    fit = _choose_to_fit(sources, pool.available_bytes(budget_bytes))
+    copied = _stage_sources(state_dict, sources, pool, fit=fit, budget_bytes=budget_bytes)
+    unstaged = [source for source, fits in zip(sources, fit, strict=True) if not fits]
+    waits = any(source.nbytes for source in unstaged)
+    return copied, UnstagedTensors(unstaged) if waits else None
+
+
+def _choose_to_fit(sources: Sequence[torch.Tensor], room_bytes: int) -> list[bool]:
+    """Whether each tensor is copied: in the state's order, each that still has room.
+
+    An empty one has nothing to copy.
+    """
+    fit = []
+    for source in sources:
+        nbytes = needed_bytes([source])
+        fit.append(0 < nbytes <= room_bytes)
+        room_bytes -= nbytes if fit[-1] else 0
+    return fit
+
+
+def _tensors_to_stage(state_dict: State) -> list[torch.Tensor]:
     try:
-        sources = [tensor for _, tensor in _sources(state_dict)]
+        return [tensor for _, tensor in _sources(state_dict)]
     except RecursionError:
         raise PlanError(
             "the state dict is nested more deeply than Python can walk, or holds a container that "
             "is inside itself: save fewer levels"
         ) from None
-    on_gpu = {tensor.device for tensor in sources if tensor.is_cuda}
+
+
+def _stage_sources(
+    state_dict: State,
+    sources: Sequence[torch.Tensor],
+    pool: Pool,
+    pin: bool = True,
+    blocking: bool = False,
+    *,
+    fit: Sequence[bool] | None = None,
+    budget_bytes: int | None = None,
+) -> State:
+    """The state dict with copies of its tensors, or of those that fit."""
     with torch.no_grad(), collector_paused():
-        arena = pool.lease(needed_bytes(sources))
-        if on_gpu and pin:
-            arena.memory.pin()
-        queued = bool(on_gpu) and arena.memory.pinned and not blocking
-        rooms = arena.allocate_like(sources)
-        for room, source in zip(rooms, sources, strict=True):
-            room.copy_(source, non_blocking=queued)
+        if fit is None:
+            rooms = _copy_tensors(sources, pool, pin, blocking)
+        else:
+            to_copy = list(compress(sources, fit))
+            copies = iter(_copy_tensors(to_copy, pool, pin, blocking, budget_bytes))
+            rooms = [
+                next(copies) if fits else source.detach()
+                for source, fits in zip(sources, fit, strict=True)
+            ]
         copied: State = _copy_value(state_dict, iter(rooms))
+    return copied
+
+
+def _copy_tensors(
+    sources: Sequence[torch.Tensor],
+    pool: Pool,
+    pin: bool,
+    blocking: bool,
+    budget_bytes: int | None = None,
+) -> list[torch.Tensor]:
+    """Copies in one lease of the pool, whose size the budget limits."""
+    if budget_bytes is not None and not sources:
+        return []
+    on_gpu = {tensor.device for tensor in sources if tensor.is_cuda}
+    arena = pool.lease(needed_bytes(sources), budget_bytes)
+    if on_gpu and pin:
+        arena.memory.pin()
+    queued = bool(on_gpu) and arena.memory.pinned and not blocking
+    rooms = arena.allocate_like(sources)
+    for room, source in zip(rooms, sources, strict=True):
+        room.copy_(source, non_blocking=queued)
     for device in on_gpu if queued else ():
         torch.cuda.current_stream(device).synchronize()
-    return copied
+    return rooms
 
 
 def refill(copied: State, state_dict: State) -> bool:

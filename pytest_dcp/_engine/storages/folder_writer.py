@@ -39,12 +39,13 @@ from pytest_dcp._engine.io.write_files import (
     write_files,
 )
 from pytest_dcp._engine.io.write_safetensors import write_safetensors
-from pytest_dcp._engine.plan.capabilities import gives_data
+from pytest_dcp._engine.plan.capabilities import compares_replicas, gives_data
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
 from pytest_dcp._engine.plan.hooks import overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.planners.save_planner import plain_data
 from pytest_dcp._engine.staging.stager import BlockingAsyncStager
+from pytest_dcp._engine.staging.unstaged_tensors import unstaged_tensors
 from pytest_dcp._engine.storages.file_names import names_of_rank
 from pytest_dcp._engine.storages.folder_cleanup import FolderCleanup
 from pytest_dcp._engine.storages.folder_metadata import new_id, split_path
@@ -56,6 +57,10 @@ from pytest_dcp.tracebacks import warn_caller
 CURRENT_DCP_VERSION = "1.0.0"
 """torch 2.13's entry in the metadata."""
 STAGING_HOOKS = ("stage", "synchronize_staging", "should_synchronize_after_execute")
+
+
+def _ignore() -> None:
+    """Nothing waits for rows."""
 
 
 class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
@@ -173,7 +178,42 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
             FileJob(name(number), rows, int(data[rows].sum())) for number, rows in enumerate(groups)
         ]
         self._used = True
-        return _done(self._write_jobs(self._registering_folder(), jobs, items, planner))
+        jobs, done = self._write_unstaged_first(jobs, table, planner)
+        return _done(self._write_jobs(self._registering_folder(), jobs, items, planner, done))
+
+    def _write_unstaged_first(
+        self, jobs: list[FileJob], items: WriteItems, planner: SavePlanner
+    ) -> tuple[list[FileJob], Callable[[], None]]:
+        """The jobs, with the rows first whose memory the caller of the save waits for.
+
+        The function is called by each of these jobs when it has written those rows.
+        """
+        unstaged = unstaged_tensors(self)
+        in_order = self.serialization_format == SerializationFormat.TORCH_SAVE
+        if unstaged is None or not in_order or overridden(self, FileSystemWriter, ("write_data",)):
+            return jobs, _ignore
+        lookup = planner.lookup(items) if compares_replicas(planner) else None
+        if lookup is None:
+            return jobs, _ignore
+        awaited = [unstaged.hold(lookup(row)) for row in range(len(items))]
+        jobs = [
+            dataclasses.replace(
+                job,
+                rows=sorted(job.rows, key=lambda row: not awaited[row]),
+                awaited=sum(awaited[row] for row in job.rows),
+            )
+            for job in jobs
+        ]
+        pending = [job.name for job in jobs if job.awaited]
+        if not pending:
+            unstaged.finish_writing()
+
+        def done() -> None:
+            pending.pop()  # atomic: each job takes one
+            if not pending:
+                unstaged.finish_writing()
+
+        return jobs, done
 
     def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
         """The name of the n-th file, from the plan, or from this writer if the plan was made by
@@ -188,6 +228,7 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
         jobs: Sequence[FileJob],
         items: Sequence[WriteItem],
         planner: SavePlanner,
+        awaited_rows_done: Callable[[], None] = _ignore,
     ) -> WriteResults:
         """Write the items to these files; returns where each went."""
         watcher = observer("save")
@@ -199,7 +240,8 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
             transforms=extensions_of(self.transforms),
             through=own_way_of(self.transforms, items),
         )
-        request = WriteRequest(folder, jobs, source_of(planner, items), settings, watcher)
+        source = source_of(planner, items)
+        request = WriteRequest(folder, jobs, source, settings, watcher, awaited_rows_done)
         if self.serialization_format == SerializationFormat.SAFETENSORS:
             written = write_safetensors(request, items)
         else:

@@ -113,14 +113,19 @@ class Comparison:
             sums[at] = digest_of_value(data) if nbytes < 0 else sum_of_tensor(data, start, nbytes)
         return sums
 
-    def dispute(self, sums: Sequence[Sums | None]) -> Dispute | None:
-        """On the coordinator: the differences; None if there are none."""
+    def dispute(self, sums: Sequence[Sums | None], *, unchanged: bool = True) -> Dispute | None:
+        """On the coordinator: the differences; None if there are none.
+
+        unchanged: whether every rank's data is still as it was summed, so that a closer look can
+        say where copies differ.
+        """
         if self._planner is None or self._planner.replicas is None or self._checks is None:
             return None
         differing = self._planner.replicas.find_differing(self._checks, sums)
         if not differing:
             return None
-        return Dispute(differing[:SHOWN], [one.fqn for one in differing[SHOWN:]])
+        count = SHOWN if unchanged else 0
+        return Dispute(differing[:count], [one.fqn for one in differing[count:]])
 
     def settle(self, team: Team, local: SavePlan, dispute: Dispute) -> None:
         """Raise, on every rank, an error that names each key, the ranks and the first index."""

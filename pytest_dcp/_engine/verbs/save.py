@@ -24,6 +24,7 @@ from pytest_dcp._engine.plan.per_rank import ranks_known
 from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
 from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+from pytest_dcp._engine.staging.unstaged_tensors import written_first
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.fake_group import fake_group_of, plan_in_fake_world
 from pytest_dcp._engine.verbs.phase_timing import Phases, logger
@@ -190,7 +191,8 @@ class Save:
         """Save, with the result and errors of `save`."""
         with self.team.wait_for_turn() as team:
             watcher = Observer("save", team.rank, check=team.check, progress=self.request.progress)
-            with observe_with(watcher), ranks_known(team.rank, team.size):
+            first = written_first(self.request.unstaged, self.writer)
+            with observe_with(watcher), ranks_known(team.rank, team.size), first:
                 together = (
                     self._save_together if self.use_collectives else self._save_without_coordination
                 )
@@ -210,19 +212,23 @@ class Save:
             )
         comparison = self.comparison
 
-        def write() -> tuple[Any, Sums | None]:
+        def write() -> tuple[Any, Sums | None, bool]:
             with self.phases.phase("write"):
                 local = self._local_plan()
                 plan = expand_plan(compressed_plan, local)
-                return compress_results(self._write(plan), plan), comparison.sums(local, checks)
+                # Before the write, after which the caller may change what was not copied.
+                sums = comparison.sums(local, checks)
+                results = compress_results(self._write(plan), plan)
+                return results, sums, self.request.unstaged is None
 
-        def commit(rank_values: list[tuple[Any, Sums | None]]) -> Any:
-            dispute = comparison.dispute([sums for _, sums in rank_values])
+        def commit(rank_values: list[tuple[Any, Sums | None, bool]]) -> Any:
+            unchanged = all(unchanged for *_, unchanged in rank_values)
+            dispute = comparison.dispute([sums for _, sums, _ in rank_values], unchanged=unchanged)
             if dispute is not None:
                 return dispute
             results = [
                 expand_results(some, plan)
-                for (some, _), plan in zip(rank_values, self.rank_plans, strict=True)
+                for (some, *_), plan in zip(rank_values, self.rank_plans, strict=True)
             ]
             with self.phases.phase("commit", planning=True):
                 self._finish(results)
@@ -327,7 +333,9 @@ class Save:
             future = self.writer.write_data(final, self.planner)
             future.wait()
             results: Sequence[WriteResult] = future.value()
-            return results
+        if self.request.unstaged is not None:
+            self.request.unstaged.finish_writing()
+        return results
 
     def _finish(self, results: list[Any]) -> None:
         with self._events("finish_checkpoint"):

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine.coordinate import OperationCall, Team, team_of
 from pytest_dcp._engine.io.progress_observer import Progress
+from pytest_dcp._engine.staging.unstaged_tensors import UnstagedTensors
 from pytest_dcp._engine.verbs.storage_for_id import Id, reset_to, subject_of, writer_for
 
 
@@ -67,6 +68,8 @@ class SaveRequest:
     """False: each rank plans and commits its own part."""
     progress: Callable[[Progress], None] | None = None
     """Called now and then with this rank's progress."""
+    unstaged: UnstagedTensors | None = None
+    """Tensors of the state whose memory the caller waits to have back."""
     reset: Callable[[], object] | None = None
     """Makes the writer ready; called in the first step, since an earlier save of the group may
     still use the same writer."""
