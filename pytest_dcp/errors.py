@@ -279,7 +279,7 @@ class CheckpointExistsError(CheckpointError, RuntimeError):
 
 
 class SaverProcessError(CheckpointError):
-    """The process in which `async_save` saves failed to start, ended, or stopped answering."""
+    """A process that saves or converts failed to start, ended, or stopped answering."""
 
 
 def _rebuild_corrupt(kind: type[CheckpointCorruptError], reason: str) -> CheckpointCorruptError:

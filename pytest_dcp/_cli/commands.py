@@ -1,4 +1,4 @@
-"""The commands: `ls`, `show`, `verify`, `diff`, `convert`; `reshard` and `bisect` are beside them.
+"""The commands: `ls`, `show`, `verify`, `diff`; `convert`, `reshard` and `bisect` are beside them.
 
 Each opens its checkpoints, calls the engine, and prints the result.
 
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,15 +26,13 @@ from pytest_dcp._cli.arguments import (
     print_json,
 )
 from pytest_dcp._cli.bisect_command import bisect
+from pytest_dcp._cli.convert_command import convert
 from pytest_dcp._cli.exit_codes import FOUND, report_refusals
 from pytest_dcp._cli.layout_page.command import write_page
 from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.reshard_command import reshard
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
-from pytest_dcp._engine.conversion.to_dcp import to_dcp
-from pytest_dcp._engine.conversion.to_safetensors import to_safetensors
-from pytest_dcp._engine.conversion.to_torch_save import to_torch_save
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor
@@ -61,14 +58,6 @@ class ListOrder(str, Enum):
     stored = "stored"
     name = "name"
     size = "size"
-
-
-class TargetFormat(str, Enum):
-    """The formats that `convert` makes."""
-
-    dcp = "dcp"
-    safetensors = "safetensors"
-    torch = "torch"
 
 
 @app.command("ls")
@@ -214,81 +203,9 @@ def diff(
         raise typer.Exit(FOUND)
 
 
-@app.command()
-def convert(
-    source: Source,
-    target: Annotated[str, typer.Argument(help="The file or folder to make.")],
-    to: Annotated[
-        TargetFormat | None, typer.Option(help="The format, if the target's name does not show it.")
-    ] = None,
-    include: Annotated[list[str] | None, typer.Option(help="A name or pattern to take.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="A name or pattern to omit.")] = None,
-    rename: Annotated[
-        list[str] | None, typer.Option(help="OLD=NEW, a name or a prefix that ends in a dot.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of all tensors of floating point.")] = None,
-    skip_values: Annotated[
-        bool, typer.Option("--skip-values", help="Leave Python values out of safetensors.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Convert to a folder of DCP, to safetensors (a file, or a folder), or to torch.save's file."""
-    with report_refusals():
-        options: dict[str, Any] = {
-            "include": include or None,
-            "exclude": exclude or None,
-            "rename": dict(map(_split_rename, rename)) if rename else None,
-            "dtype": _dtype(dtype),
-        }
-        kind = to or _kind_of(target)
-        if kind is TargetFormat.safetensors:
-            report = to_safetensors(source, target, skip_values=skip_values, **options)
-        elif kind is TargetFormat.torch:
-            report = to_torch_save(source, target, **options)
-        else:
-            report = to_dcp(source, target, **options)
-        if as_json:
-            print_json(asdict(report) | {"target": target, "format": kind.value})
-        else:
-            left_out = f", {len(report.left_out)} values left out" if report.left_out else ""
-            print(
-                f"{plain_text(target)}: {report.tensors} tensors, {report.values} values, "
-                f"{show_bytes(report.nbytes)}{left_out}"
-            )
-
-
+app.command("convert")(convert)
 app.command("reshard")(reshard)
 app.command("bisect")(bisect)
-
-
-def _kind_of(target: str) -> TargetFormat:
-    """The format that the name of a target asks for. Raises ValueError if it shows none."""
-    suffix = Path(target).suffix
-    if suffix == ".safetensors":
-        return TargetFormat.safetensors
-    if suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return TargetFormat.torch
-    raise ValueError(
-        f"{target!r} does not show a format: name it with --to dcp, safetensors or torch"
-    )
-
-
-def _split_rename(text: str) -> tuple[str, str]:
-    old, sign, new = text.partition("=")
-    if not sign or not old:
-        raise ValueError(f"--rename takes OLD=NEW, got {text!r}")
-    return old, new
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return None
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"--dtype takes the name of a dtype of torch, got {name!r}")
-    return found
 
 
 def _describe_checkpoint(checkpoint: OpenCheckpoint) -> dict[str, Any]:

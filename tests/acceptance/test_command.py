@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._cli import convert_command
 from pytest_dcp._cli.main import main
 from support.states import numbered, torch_dcp
 
@@ -198,6 +201,35 @@ class TestConvert:
         assert command.run("convert", tmp_path / "b.pt", tmp_path / "c", "--to", "dcp")[0] == 0
         assert command.run("ls", tmp_path / "c")[1].count("\n") == 2
 
+    @pytest.mark.parametrize("target", ["a.safetensors", "folder", "b.pt", "dcp"])
+    def test_every_tensor_moves_the_bar(
+        self,
+        command: Command,
+        samples: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        target: str,
+    ) -> None:
+        bars: list[tuple[int, bool, list[str]]] = []
+
+        @contextmanager
+        def show(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+            names: list[str] = []
+            bars.append((total, quiet, names))
+            yield names.append
+
+        monkeypatch.setattr(convert_command, "show_progress", show)
+        format = {"folder": ["--to", "safetensors"], "dcp": ["--to", "dcp"]}.get(target, [])
+        options = [*format, "--include", "model.*", "--exclude", "*.1.wq"]
+        assert command.run("convert", samples / "ours", tmp_path / target, *options)[0] == 0
+        options += ["--json", "--rename", "model.="]
+        assert command.run("convert", samples / "ours", tmp_path / target, *options)[0] == 0
+        tensors = ["bias", "layers.0.wq"]
+        assert [(total, quiet, sorted(names)) for total, quiet, names in bars] == [
+            (2, False, [f"model.{name}" for name in tensors]),
+            (2, True, tensors),
+        ]
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -205,6 +237,12 @@ class TestRefusals:
         [
             (["ls", "none"], "no checkpoint in none"),
             (["show", "SAMPLE", "modl.bias"], "nearest: 'model.bias'"),
+            (
+                ["convert", "SAMPLE", "x.pt", "--processes", "2"],
+                "--processes is not for",
+            ),
+            (["convert", "SAMPLE", "x.pt", "--storage-option", "anon=true"], "is on a local disk"),
+            (["convert", "SAMPLE", "memory://x/y.pt", "--storage-option", "no"], "KEY=VALUE"),
             (["convert", "SAMPLE", "x"], "name it with --to"),
             (["convert", "SAMPLE", "x.safetensors"], "hold tensors only"),
             (["convert", "SAMPLE", "x.pt", "--rename", "model"], "--rename takes OLD=NEW"),

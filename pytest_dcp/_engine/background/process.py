@@ -66,7 +66,16 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.state_transfer import Shipment, pickle_state, ship_state
-from pytest_dcp._engine.background.worker import BEAT, PROGRAM, Begin, Host, Join, Order, Upload
+from pytest_dcp._engine.background.worker import (
+    BEAT,
+    PROGRAM,
+    Advance,
+    Begin,
+    Host,
+    Join,
+    Order,
+    Upload,
+)
 from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
 from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.machines import machine
@@ -152,28 +161,39 @@ class SaverProcess:
         check: Callable[[], None],
         silence_s: float,
         memory_fd: int | None = None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Any:
-        """Raises the order's exception, or SaverProcessError."""
+        """The answer to an order.
+
+        check: called again and again meanwhile; its error ends the wait. silence_s: how long the
+        process may give no sign of life. advance: called with the counts that the order sends.
+
+        Raises the order's exception, or SaverProcessError.
+        """
         try:
             self._connection.send(order)
             if memory_fd is not None:
                 send_handle(self._connection, memory_fd, self.process.pid)
-            answer = self._answer(check, silence_s)
+            answer = self._answer(check, silence_s, advance)
         except (EOFError, OSError) as error:
             raise SaverProcessError(self._how_it_ended()) from error
         if isinstance(answer, Cause):
             raise answer.rebuild()[0]
         return answer
 
-    def _answer(self, check: Callable[[], None], silence_s: float) -> Any:
+    def _answer(
+        self, check: Callable[[], None], silence_s: float, advance: Callable[[int], None]
+    ) -> Any:
         heard_s = time.monotonic()
         until_s = float("inf")
         while True:
             if self._connection.poll(LOOK_S):
                 answer = self._connection.recv()
-                if answer != BEAT:
-                    return answer
                 heard_s = time.monotonic()
+                if isinstance(answer, Advance):
+                    advance(answer.count)
+                elif answer != BEAT:
+                    return answer
             try:
                 check()
             except PeerAborted:

@@ -39,7 +39,8 @@ from pytest_dcp._engine.verbs.save_messages import encode_metadata
 from pytest_dcp._engine.verbs.save_request import SaveRequest
 
 PROGRAM = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the imports would end with a traceback
 sys.path[:] = json.loads(sys.argv[1])["path"]
 from pytest_dcp.garbage_collection import frozen_imports
 with frozen_imports():
@@ -49,6 +50,8 @@ main()
 BEAT_S = 0.25
 BEAT = "beat"
 """Sent every `BEAT_S` until the answer; it is itself no answer to any order."""
+_sending = threading.Lock()
+"""Held while a message is sent: signs of life come from a thread of their own."""
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
@@ -60,6 +63,20 @@ class Order(Protocol):
 
     def run(self, line: Connection) -> Any:
         """Carry it out; return or raise the answer. Descriptors that follow come over `line`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """A sign of life that says how far an order is, in units of the order's own."""
+
+    count: int
+    """Since the last one."""
+
+
+def send_advance(line: Connection, count: int) -> None:
+    """Tell the rank that this order has done `count` more."""
+    with _sending:
+        line.send(Advance(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +218,8 @@ def _send_heartbeats(line: Connection) -> Iterator[None]:
     def beat() -> None:
         while not stopped.wait(BEAT_S):
             try:
-                line.send(BEAT)
+                with _sending:
+                    line.send(BEAT)
             except OSError:
                 os._exit(1)  # the rank has ended
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +27,6 @@ from pytest_dcp._engine.plan.nested import Room
 PathLike = str | os.PathLike[str]
 Source = PathLike | OpenCheckpoint
 """A path, a URL, or a checkpoint that is open already."""
-Report = Callable[[str], None]
-"""Called with the target's name of each tensor that is written, from any thread."""
-
-
-def report_nothing(name: str) -> None:
-    """The report of a conversion that shows no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +66,14 @@ class ConversionReport:
     """The source's names of values that the target cannot hold."""
 
 
-class ConvertedContents:
-    """The tensors and values of the target, read from an open checkpoint."""
+class TensorsToConvert:
+    """Tensors of the target, read from an open checkpoint."""
 
-    def __init__(
-        self, checkpoint: OpenCheckpoint, changes: Changes, *, weights_only: bool = True
-    ) -> None:
-        """weights_only: False allows values and containers of any class, which can run code."""
+    def __init__(self, checkpoint: OpenCheckpoint, tensors: Iterable[ConvertedTensor]) -> None:
         self.checkpoint = checkpoint
-        self.changes = changes
-        self._weights_only = weights_only
-        self.tensors: dict[str, ConvertedTensor] = {}
+        self.tensors = {tensor.name: tensor for tensor in tensors}
         """By the target's name."""
-        self.values: dict[str, str] = {}
-        """By the target's name, the source's."""
         self._memory = _BatchMemory()
-        for name, new in changes.choose(tuple(checkpoint), checkpoint.where).items():
-            lazy = checkpoint[name]
-            if isinstance(lazy, LazyTensor):
-                dtype = changes.dtype_of(name, lazy.dtype)
-                check_cast(name, lazy.dtype, dtype)
-                shape = tuple(lazy.shape)
-                self.tensors[new] = ConvertedTensor(name, new, shape, lazy.dtype, dtype)
-            else:
-                self.values[new] = name
 
     def read_parts(self, parts: Sequence[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
         """Fill memory with parts of tensors: the target's name, the offset, the memory."""
@@ -116,6 +94,29 @@ class ConvertedContents:
         tensor = self.tensors[name]
         whole = Slab(name, tensor.dtype, (0,) * len(tensor.shape), tensor.shape)
         return self.read_slabs([whole])[0]
+
+
+class ConvertedContents(TensorsToConvert):
+    """The tensors and values of the target, read from an open checkpoint."""
+
+    def __init__(
+        self, checkpoint: OpenCheckpoint, changes: Changes, *, weights_only: bool = True
+    ) -> None:
+        """weights_only: False allows values and containers of any class, which can run code."""
+        super().__init__(checkpoint, ())
+        self.changes = changes
+        self._weights_only = weights_only
+        self.values: dict[str, str] = {}
+        """By the target's name, the source's."""
+        for name, new in changes.choose(tuple(checkpoint), checkpoint.where).items():
+            lazy = checkpoint[name]
+            if isinstance(lazy, LazyTensor):
+                dtype = changes.dtype_of(name, lazy.dtype)
+                check_cast(name, lazy.dtype, dtype)
+                shape = tuple(lazy.shape)
+                self.tensors[new] = ConvertedTensor(name, new, shape, lazy.dtype, dtype)
+            else:
+                self.values[new] = name
 
     def read_value(self, name: str) -> Any:
         """A value of the target. Raises UntrustedPickleError, naming it, for a class that
@@ -140,14 +141,16 @@ class ConvertedContents:
         containers = Description(self.checkpoint.containers)
         return containers.rebuilt(state, lambda path: True, trusted=not self._weights_only)
 
-    def report(self, *, values: int, left_out: Sequence[str] = ()) -> ConversionReport:
-        """The result, at the end."""
+    def report(
+        self, *, values: int, left_out: Sequence[str] = (), bytes_read: int = 0
+    ) -> ConversionReport:
+        """The result, at the end. bytes_read: by other processes."""
         tensors = self.tensors.values()
         return ConversionReport(
             tensors=len(tensors),
             values=values,
             nbytes=sum(tensor.nbytes for tensor in tensors),
-            bytes_read=self.checkpoint.bytes_read,
+            bytes_read=self.checkpoint.bytes_read + bytes_read,
             converted_dtypes=tuple(t.name for t in tensors if t.dtype != t.stored_dtype),
             left_out=tuple(left_out),
         )

@@ -13,15 +13,23 @@ from typing import Any
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.storages.local_filesystem import disk_of
+from pytest_dcp._engine.storages.storage_options import check_storage_options, is_url
 
 PathLike = str | os.PathLike[str]
 Options = Mapping[str, Any] | None
 """Of the URL's file system: keys, endpoints."""
 
 
-def is_url(target: PathLike) -> bool:
-    """Whether it is a URL, by its form."""
-    return isinstance(target, str) and "://" in target
+def split_options(source: object, target: PathLike, options: Options) -> tuple[Options, Options]:
+    """The options for the source and for the target: each gets them if it is a URL.
+
+    source: a path, a URL, or an open checkpoint. Raises ValueError for options of two local paths.
+    """
+    is_source_url = isinstance(source, str) and is_url(source)
+    if not options or not (is_source_url or is_url(target)):
+        check_storage_options(options, target)
+        return None, None
+    return options if is_source_url else None, options if is_url(target) else None
 
 
 def local_target(target: PathLike) -> Path:
@@ -85,5 +93,5 @@ def _check_local_file(folder: Path, path: Path) -> None:
 def _open_url(url: str, options: Options) -> Folder:
     from pytest_dcp._engine.storages.fsspec import open_filesystem
 
-    fs, path = open_filesystem(url, dict(options or {}))
+    fs, path = open_filesystem(url, check_storage_options(options, url))
     return Folder(disk_of(fs), path)

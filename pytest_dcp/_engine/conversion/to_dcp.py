@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
-from pytest_dcp._engine.conversion.target_paths import target_folder
+from pytest_dcp._engine.conversion.target_paths import split_options, target_folder
 from pytest_dcp._engine.conversion.whole_file import remove_if_new
 from pytest_dcp._engine.format.python_values import encode_value
+from pytest_dcp._engine.huggingface.consolidate import Report, report_nothing
 from pytest_dcp._engine.plan.select import Rename
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.verbs.save import save
@@ -37,31 +39,41 @@ def to_dcp(
     exclude: Patterns | None = None,
     rename: Rename | None = None,
     dtype: Dtypes | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    report: Report = report_nothing,
 ) -> ConversionReport:
     """Convert a checkpoint to a folder, or a URL, that `load` reads. No process group is used.
 
     source: a path or URL that `open_checkpoint` takes, or an open checkpoint.
-    include, exclude, rename, dtype: as for `to_safetensors`.
+    include, exclude, rename, dtype, storage_options, report: as for `to_safetensors`.
 
     One tensor at a time is in memory, and all values. The target is replaced by one rename, as in
     a save; after a failure it is as it was. Raises as `open_checkpoint` and `save`.
     """
     changes = Changes(include, exclude, rename, dtype)
-    folder = target_folder(target)
-    with open_source(source, changes) as contents, remove_if_new(folder):
-        planner = _ConversionPlanner(contents)
+    source_options, target_options = split_options(source, target, storage_options)
+    folder = target_folder(target, target_options)
+    with open_source(source, changes, source_options) as contents, remove_if_new(folder):
+        planner = _ConversionPlanner(contents, report)
         with without_single_process_warning():
             state = contents.build_state(planner.stand_in)
-            save(state, checkpoint_id=target, planner=planner, no_dist=True)
+            save(
+                state,
+                checkpoint_id=target,
+                planner=planner,
+                no_dist=True,
+                storage_options=target_options,
+            )
         return contents.report(values=len(contents.values))
 
 
 class _ConversionPlanner(DefaultSavePlanner):
     """Saves stand-ins without memory; each tensor is read when its turn to be written comes."""
 
-    def __init__(self, contents: ConvertedContents) -> None:
+    def __init__(self, contents: ConvertedContents, report: Report) -> None:
         super().__init__(replicas="off")
         self._contents = contents
+        self._report = report
 
     def stand_in(self, name: str) -> Any:
         """A tensor of the right shape and dtype, of one element repeated; or the value."""
@@ -75,4 +87,5 @@ class _ConversionPlanner(DefaultSavePlanner):
         fqn = write_item.index.fqn
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(encode_value(self.state_dict[fqn]))
+        self._report(fqn)
         return self._contents.read_whole(fqn)

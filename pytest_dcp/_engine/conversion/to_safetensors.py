@@ -7,9 +7,8 @@ A file gets its name, and a folder its index, when everything is written and syn
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 from pytest_dcp._engine.conversion.changes import Changes, Dtypes, Patterns
 from pytest_dcp._engine.conversion.converted_contents import (
@@ -18,25 +17,27 @@ from pytest_dcp._engine.conversion.converted_contents import (
     Source,
     open_source,
 )
-from pytest_dcp._engine.conversion.target_paths import target_file, target_folder
+from pytest_dcp._engine.conversion.safetensors_folder import (
+    TensorsOfSource,
+    WriteSettings,
+    write_folder,
+)
+from pytest_dcp._engine.conversion.target_paths import split_options, target_file, target_folder
 from pytest_dcp._engine.conversion.whole_file import remove_if_new, write_whole_file
-from pytest_dcp._engine.format.safetensors_header import METADATA_KEY, NAMES, StoredTensor
+from pytest_dcp._engine.conversion.worker_processes import choose_processes
+from pytest_dcp._engine.format.safetensors_header import METADATA_KEY, NAMES
 from pytest_dcp._engine.huggingface.consolidate import (
     BATCH_BYTES,
+    Report,
     SafetensorsToWrite,
-    order_tensors,
+    report_nothing,
     write_safetensors,
 )
-from pytest_dcp._engine.huggingface.consolidated_folder import ConsolidatedFolder, assign_files
 from pytest_dcp._engine.huggingface.file_layout import FORMAT
 from pytest_dcp._engine.huggingface.file_names import SUFFIX
-from pytest_dcp._engine.huggingface.folder import next_number, remove_leftovers
 from pytest_dcp._engine.io.folder import Folder
-from pytest_dcp._engine.io.progress_observer import Observer
-from pytest_dcp._engine.io.tensor_batches import Slab
 from pytest_dcp._engine.io.threads import StopFlag
 from pytest_dcp._engine.plan.select import Rename
-from pytest_dcp._engine.storages.folder_metadata import new_id
 from pytest_dcp.errors import CheckpointMismatchError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -61,7 +62,10 @@ def to_safetensors(
     max_file_bytes: int = FILE_BYTES,
     budget_bytes: int = BATCH_BYTES,
     thread_count: int = 1,
+    processes: int | None = 1,
     metadata: Mapping[str, str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    report: Report = report_nothing,
 ) -> ConversionReport:
     """Convert a checkpoint to safetensors. No process group is used.
 
@@ -71,98 +75,54 @@ def to_safetensors(
     dtype: for all tensors of floating point, or by pattern of the source's names.
     skip_values: leave out Python values, which the format cannot hold.
     max_file_bytes: of tensors in each file of a folder; a larger tensor has a file of its own.
-    budget_bytes: memory for tensors, of each thread. thread_count: files written at the same time.
+    budget_bytes: memory for tensors, of each thread; several processes share it.
+    thread_count: files of a folder that one process writes at the same time.
+    processes: that write files of a folder, on Linux; None: several if the work is large.
     metadata: further texts for the files' headers; keys that begin with DCP_ are the engine's.
+    storage_options: of the file systems of URLs, of source and target: keys, endpoints.
+    report: called with the name of each tensor that is written, from any thread.
 
     A failure leaves no file, and a folder as it was. Raises CheckpointMismatchError for values,
     names and dtypes that the format lacks, and names that are not there; CheckpointCorruptError for
     a damaged source; OSError if the target cannot be written.
     """
     changes = Changes(include, exclude, rename, dtype)
+    source_options, target_options = split_options(source, target, storage_options)
     is_file = os.fspath(target).endswith(SUFFIX)
-    folder, name = target_file(target) if is_file else (target_folder(target), "")
+    folder, name = (
+        target_file(target, target_options)
+        if is_file
+        else (target_folder(target, target_options), "")
+    )
     _check_counts(budget_bytes, max_file_bytes, thread_count)
     texts = {**FORMAT, **_check_metadata(metadata or {})}
-    with open_source(source, changes) as contents:
+    with open_source(source, changes, source_options) as contents:
         left_out = _refuse_values(contents, skip=skip_values)
         _check_dtypes(contents)
         _check_names(contents)
-        tensors = _TensorsOfSource(contents)
+        numbers = _split(contents, max_file_bytes)
+        nbytes = sum(tensor.nbytes for tensor in contents.tensors.values())
+        jobs = 1 if is_file else max(numbers.values())
+        count = choose_processes(processes, nbytes, jobs, contents.checkpoint.where, target)
+        settings = WriteSettings(texts, budget_bytes, thread_count, count)
+        bytes_read = 0
         if is_file:
-            _write_file(tensors, folder, name, texts, budget_bytes)
+            _write_file(contents, folder, name, settings, report)
         else:
             with remove_if_new(folder):
-                files = _split(contents, max_file_bytes)
-                _write_folder(tensors, folder, files, texts, budget_bytes, thread_count)
-        return contents.report(values=0, left_out=left_out)
-
-
-class _TensorsOfSource:
-    """The target's tensors as slabs: see `consolidate.SlabSource`."""
-
-    def __init__(self, contents: ConvertedContents) -> None:
-        self._contents = contents
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._contents.tensors)
-
-    def tensors(self, fqns: Sequence[str]) -> list[StoredTensor]:
-        found = (self._contents.tensors[fqn] for fqn in fqns)
-        return order_tensors((tensor.name, tensor.dtype, tensor.shape) for tensor in found)
-
-    def read(self, parts: Sequence[Slab], observer: Observer) -> list[torch.Tensor]:
-        return self._contents.read_slabs(parts)
+                bytes_read = write_folder(contents, folder, numbers, settings, report)
+        return contents.report(values=0, left_out=left_out, bytes_read=bytes_read)
 
 
 def _write_file(
-    tensors: _TensorsOfSource,
-    folder: Folder,
-    name: str,
-    metadata: Mapping[str, str],
-    budget_bytes: int,
+    contents: ConvertedContents, folder: Folder, name: str, settings: WriteSettings, report: Report
 ) -> None:
+    tensors = TensorsOfSource(contents)
     with write_whole_file(folder, name) as out:
-        file = SafetensorsToWrite(name, tensors.tensors(tensors.names()), metadata)
-        write_safetensors(out, file, tensors, StopFlag(), batch_bytes=budget_bytes)
-
-
-def _write_folder(
-    tensors: _TensorsOfSource,
-    folder: Folder,
-    files: Mapping[str, int],
-    metadata: Mapping[str, str],
-    budget_bytes: int,
-    thread_count: int,
-) -> None:
-    for above in folder.make():
-        folder.disk.sync_folder(above)
-    remove_leftovers(folder)
-    output = ConsolidatedFolder(folder, assign_files(files, files), new_id()[:12], sync=True)
-    try:
-        nbytes = output.write(
-            tensors,
-            output.files,
-            number=next_number(folder),
-            threads=thread_count,
-            batch_bytes=budget_bytes,
-            metadata=metadata,
+        file = SafetensorsToWrite(name, tensors.tensors(tensors.names()), settings.metadata)
+        write_safetensors(
+            out, file, tensors, StopFlag(), batch_bytes=settings.budget_bytes, report=report
         )
-        _commit(output, nbytes)
-    except BaseException:
-        output.remove_unfinished()
-        raise
-
-
-def _commit(output: ConsolidatedFolder, nbytes: int) -> None:
-    try:
-        output.commit(nbytes)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            error.errno,
-            "a file of this conversion is gone: does another save write to the same folder?",
-            error.filename,
-        ) from error
 
 
 def _split(contents: ConvertedContents, max_file_bytes: int) -> dict[str, int]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 
 from pytest_dcp._engine.conversion.changes import Changes
-from pytest_dcp._engine.conversion.converted_contents import ConvertedContents, report_nothing
+from pytest_dcp._engine.conversion.converted_contents import ConvertedContents
 from pytest_dcp._engine.conversion.target_paths import target_file
 from pytest_dcp._engine.conversion.torch_save_writer import BUDGET_BYTES, TorchSaveWriter
 from pytest_dcp._engine.conversion.whole_file import write_whole_file
 from pytest_dcp._engine.coordinate import OperationCall, team_of
+from pytest_dcp._engine.huggingface.consolidate import report_nothing
 from pytest_dcp._engine.lazy_reading.open_checkpoint import open_checkpoint
 from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp._engine.verbs.save import save

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from pytest_dcp._engine.conversion.converted_contents import ConvertedContents, Report
+from pytest_dcp._engine.conversion.converted_contents import ConvertedContents
 from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.state_dict_archive import (
     PlacedTensor,
     StateDictArchive,
     pickle_state_dict,
 )
+from pytest_dcp._engine.huggingface.consolidate import Report
 from pytest_dcp._engine.io.disk import Buffer, Out
 from pytest_dcp._engine.io.tensor_batches import Slab, batch_slabs
 from pytest_dcp._engine.io.tensor_memory import memory_of

@@ -43,6 +43,14 @@ class SlabSource(Protocol):
         """The parts' values, in their order; valid until the thread's next read."""
 
 
+Report = Callable[[str], None]
+"""Called with the name of each tensor that is written."""
+
+
+def report_nothing(name: str) -> None:
+    """The report of a conversion that shows no progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shards:
     """A sharded checkpoint in a folder."""
@@ -95,12 +103,13 @@ def consolidate(
     threads: int = 1,
     sync: bool = True,
     batch_bytes: int | None = None,
+    report: Report = report_nothing,
 ) -> int:
     """Write the files; returns the bytes of all tensors.
 
     files: the names of the files to write into `folder`, and the tensors of each. metadata: the
-    `__metadata__` of each. batch_bytes: the memory of each thread; None:
-    BATCH_BYTES.
+    `__metadata__` of each. batch_bytes: the memory of each thread; None: BATCH_BYTES.
+    report: called with the name of each tensor that is written, from any thread.
 
     Raises CheckpointCorruptError if the source's shards do not make a tensor whole.
     """
@@ -112,7 +121,7 @@ def consolidate(
 
         def write(stop: StopFlag) -> int:
             with folder.create(file.name) as out:
-                write_safetensors(out, file, source, stop, batch_bytes=limit)
+                write_safetensors(out, file, source, stop, batch_bytes=limit, report=report)
                 if sync:
                     out.sync()
             return sum(tensor.nbytes for tensor in file.tensors)
@@ -132,14 +141,27 @@ class SafetensorsToWrite:
 
 
 def write_safetensors(
-    out: Out, file: SafetensorsToWrite, source: SlabSource, stop: StopFlag, *, batch_bytes: int
+    out: Out,
+    file: SafetensorsToWrite,
+    source: SlabSource,
+    stop: StopFlag,
+    *,
+    batch_bytes: int,
+    report: Report = report_nothing,
 ) -> None:
     """Write the header and all tensors."""
     out.write([encode(file.tensors, file.metadata)])
+    remaining_bytes = {tensor.name: tensor.nbytes for tensor in file.tensors}
+    for name in [name for name, nbytes in remaining_bytes.items() if not nbytes]:
+        report(name)
     for batch in batch_slabs(file.tensors, batch_bytes):
         stop.check()
         parts = source.read(batch, Observer("load"))  # Kept: a view does not keep memory alive.
         out.write([memory_of(part) for part in parts])
+        for slab in batch:
+            remaining_bytes[slab.fqn] -= slab.nbytes
+            if not remaining_bytes[slab.fqn]:
+                report(slab.fqn)
 
 
 def order_tensors(

@@ -7,7 +7,7 @@ names until one commit makes them the folder's checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -70,22 +70,29 @@ class ConsolidatedFolder:
         threads: int,
         batch_bytes: int | None = None,
         metadata: Mapping[str, str] = FORMAT,
+        report: Callable[[str], None] = lambda name: None,
     ) -> int:
         """Write these files; returns the bytes of their tensors.
 
         number: the save's number, see `next_number`. batch_bytes: the memory of each thread.
-        metadata: texts for the headers, besides those that name the save.
+        metadata: texts for the headers, besides those that name the save. report: called with the
+        name of each tensor that is written, from any thread.
         """
-        stated = describe_save({"files": len(self.files), "number": number})
         return consolidate(
             source,
             self.folder,
             {name: self.files[name] for name in names},
-            {**metadata, SAVE_KEY: self.save_id, **stated},
+            self.name_save(number, metadata),
             threads=threads,
             sync=self.sync,
             batch_bytes=batch_bytes,
+            report=report,
         )
+
+    def name_save(self, number: int, metadata: Mapping[str, str] = FORMAT) -> dict[str, str]:
+        """The texts for the headers, with those that name the save."""
+        stated = describe_save({"files": len(self.files), "number": number})
+        return {**metadata, SAVE_KEY: self.save_id, **stated}
 
     def commit(self, nbytes: int) -> None:
         """Make the files the folder's checkpoint. nbytes: of all tensors, for the index."""

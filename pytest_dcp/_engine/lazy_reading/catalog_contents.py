@@ -13,6 +13,7 @@ An open checkpoint stays the save that it was when it was opened:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,6 +176,16 @@ class CatalogContents:
     def catalog(self) -> Catalog:
         """Its index and checksums."""
         return self._catalog
+
+    def identify(self) -> str:
+        """A digest of the save's id, and of the files' names, places, checksums and times."""
+        places = self._catalog.places
+        identities = [(name, one) for name, (_, one) in sorted(self._identities.items())]
+        save = save_of(self._catalog.storage_meta)
+        digest = hashlib.sha256(repr((save, places.files, identities)).encode())
+        for column in (places.start, places.length, places.sums):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     def find_stray_files(self) -> Sequence[str]:
         """Files of the folder that the checkpoint does not name, but for hidden ones."""

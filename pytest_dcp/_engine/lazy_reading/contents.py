@@ -95,6 +95,9 @@ class Contents(Protocol):
     def missing_files(self) -> Sequence[str]:
         """Data files that were not there at the opening."""
 
+    def identify(self) -> str:
+        """A text that differs for another save in the same place, as far as that is known."""
+
     @property
     def catalog(self) -> Catalog | None:
         """Its index and checksums; None for a format that has none."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -57,9 +58,17 @@ SHOWN = 20
 class OpenCheckpoint(Mapping[str, Lazy]):
     """A checkpoint as a read-only mapping of its flat names; close it, or use it in `with`."""
 
-    def __init__(self, where: str, format: Format, contents: Contents) -> None:
+    def __init__(
+        self,
+        where: str,
+        format: Format,
+        contents: Contents,
+        opening: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.where = where
         """The path or URL."""
+        self.opening = opening
+        """The arguments with which `open_checkpoint` opens it once more, in another process."""
         self.format = format
         """dcp (this engine's and torch's folders), safetensors (files and folders), torch_save."""
         self._contents = contents
@@ -134,6 +143,10 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         weights_only: False allows values of any class, and reading them can run code.
         """
         return self._contents.read_value(name, weights_only=weights_only)
+
+    def identify(self) -> str:
+        """A text that differs for another save in the same place, as far as that is known."""
+        return self._contents.identify()
 
     def path_of(self, name: str) -> tuple[Any, ...]:
         """The keys from the root of the saved state dict to this name."""
@@ -259,7 +272,15 @@ def open_checkpoint(
         memory=MemoryLimit(max_decoded_bytes),
     )
     contents = _open_contents(location, settings, rank)
-    return OpenCheckpoint(os.fspath(path), location.format, contents)
+    opening = {
+        "rank": rank,
+        "verify": verify,
+        "thread_count": thread_count,
+        "max_decoded_bytes": max_decoded_bytes,
+        "follow_links": follow_links,
+        "storage_options": storage_options,
+    }
+    return OpenCheckpoint(os.fspath(path), location.format, contents, opening)
 
 
 def _open_contents(location: Location, settings: ReadSettings, rank: int | None) -> Contents:

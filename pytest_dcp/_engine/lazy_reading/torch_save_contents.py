@@ -159,6 +159,10 @@ class TorchSaveContents:
         """The keys from the root of the saved state dict to this value."""
         return self._paths[name]
 
+    def identify(self) -> str:
+        """The file's size and its times."""
+        return self._opened.identify()
+
     def find_stray_files(self) -> Sequence[str]:
         """None: the checkpoint is one file."""
         return ()

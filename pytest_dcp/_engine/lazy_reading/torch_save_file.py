@@ -40,7 +40,7 @@ class TorchSaveFile:
             raise
         self._address = torch.frombuffer(self.mapped, dtype=torch.uint8, count=1).data_ptr()
         self._size = len(self.mapped)
-        self._identity = self._identify()
+        self._identity = self._look()
 
     def copy_part(self, part: torch.Tensor, target: torch.Tensor) -> int:
         """Copy a part of a tensor that lies in the mapping; returns the bytes read.
@@ -51,6 +51,10 @@ class TorchSaveFile:
         read_bytes = self._copy(part, target)
         self._check_unchanged()
         return read_bytes
+
+    def identify(self) -> str:
+        """The size and time of modification at the opening."""
+        return repr(self._identity)
 
     def close(self) -> None:
         """Close the file. The mapping ends with the last tensor in it."""
@@ -91,12 +95,12 @@ class TorchSaveFile:
             raise self._replaced_error()
         return len(view)
 
-    def _identify(self) -> tuple[int, int]:
+    def _look(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def _check_unchanged(self) -> None:
-        if self._identify() != self._identity:
+        if self._look() != self._identity:
             raise self._replaced_error()
 
     def _replaced_error(self) -> CheckpointReplacedError:
