@@ -64,16 +64,28 @@ def check_catalog(catalog: Catalog) -> None:
     Raises:
         CheckpointCorruptError: the first rule that does not hold, with the key's name as `entry`.
     """
+    check_keys(catalog.index)
+    check_files(catalog.places)
+    places = catalog.places
+    check_groups(places.first_sum, len(places.sums), "sums")
+    chunks = len(places.file)
+    if any(not 0 <= row < chunks or places.file[row] < 0 for row in places.transforms):
+        raise CheckpointCorruptError("expected transforms of chunks with a file, got others")
+    check_chunks(catalog)
+
+
+def check_chunks(catalog: Catalog) -> None:
+    """Check the rules about single chunks. The keys, files and groups of sums were checked before.
+
+    Raises CheckpointCorruptError naming the chunk.
+    """
     index, places = catalog.index, catalog.places
-    _check_keys(index)
-    _check_firsts(index)
-    _check_tables(index, places)
     least = int(index.ndim.min(initial=MAX_DIMS))
     for start in range(0, len(places.file), _SLAB):
         slab = _Slab(index, slice(start, start + _SLAB), least)
         if _is_ordinary(slab, places):
             continue
-        nbytes = _check_chunks(slab)
+        nbytes = _check_boxes(slab)
         _check_entries(slab, places)
         _check_data(slab, places, nbytes)
         _check_sums(slab, places)
@@ -143,7 +155,11 @@ def _as_unsigned(column: NDArray[Any], kind: type = np.uint64) -> NDArray[Any]:
     return column.view(kind)
 
 
-def _check_keys(index: Index) -> None:
+def check_keys(index: Index) -> None:
+    """Check the rules about keys, and that each has its group of chunks.
+
+    Raises CheckpointCorruptError naming the key.
+    """
     rank = index.size.shape[1]
     if rank > MAX_DIMS:
         raise CheckpointCorruptError(f"expected at most {MAX_DIMS} dimensions, got {rank}")
@@ -164,6 +180,9 @@ def _check_keys(index: Index) -> None:
     _refuse_keys(index, (padding & (index.size != 1)).any(axis=1), "sizes padded with 1")
     nbytes = np.maximum(index.size, 1).prod(axis=1, dtype=np.float64) * index.itemsize
     _refuse_keys(index, nbytes > MAX_TENSOR_BYTES, f"a tensor of at most {MAX_TENSOR_BYTES} bytes")
+    check_groups(index.first, len(index.offset), "chunks")
+    odd = (index.ndim < 0) & (np.diff(index.first) != 1)
+    _refuse_keys(index, odd, "one chunk for a byte value")
 
 
 def _refuse_keys(index: Index, odd: Mask | np.bool_, expected: str) -> None:
@@ -173,34 +192,29 @@ def _refuse_keys(index: Index, odd: Mask | np.bool_, expected: str) -> None:
         )
 
 
-def _check_firsts(index: Index) -> None:
-    _check_groups(index.first, len(index.offset), "chunks")
-    odd = (index.ndim < 0) & (np.diff(index.first) != 1)
-    _refuse_keys(index, odd, "one chunk for a byte value")
-
-
-def _check_groups(first: Ints, total: int, what: str) -> None:
-    """Group i is first[i] to first[i + 1] - 1: the groups cover 0 to total - 1 in order."""
+def check_groups(first: Ints, total: int, what: str) -> None:
+    """Check that group i is first[i] to first[i + 1] - 1, and that the groups cover 0 to total - 1
+    in order."""
     if first[0] != 0 or first[-1] != total or (first[1:] < first[:-1]).any():
         raise CheckpointCorruptError(
             f"expected the first {what} of each group to rise from 0 to {total}, got other numbers"
         )
 
 
-def _check_tables(index: Index, places: EntryPlaces) -> None:
+def check_files(places: EntryPlaces) -> None:
+    """Check the names of the data files and the size of blocks.
+
+    Raises CheckpointCorruptError naming the file.
+    """
     for name in places.files:
         checked_path(name)
-    _check_groups(places.first_sum, len(places.sums), "sums")
     if not 0 < places.block_bytes <= MAX_BLOCK_BYTES:
         raise CheckpointCorruptError(
             f"expected blocks of 1 to {MAX_BLOCK_BYTES} bytes, got {places.block_bytes}"
         )
-    chunks = len(places.file)
-    if any(not 0 <= row < chunks or places.file[row] < 0 for row in places.transforms):
-        raise CheckpointCorruptError("expected transforms of chunks with a file, got others")
 
 
-def _check_chunks(slab: _Slab) -> Ints:
+def _check_boxes(slab: _Slab) -> Ints:
     """Bytes of each chunk's data."""
     index, keys = slab.index, slab.keys
     nbytes = index.itemsize.take(keys)

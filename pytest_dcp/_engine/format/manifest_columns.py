@@ -73,18 +73,24 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata
 
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
-from pytest_dcp._engine.format.catalog_checks import MAX_DIMS, check_catalog
+from pytest_dcp._engine.format.catalog_checks import (
+    MAX_DIMS,
+    check_catalog,
+    check_files,
+    check_keys,
+)
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
 from pytest_dcp._engine.format.manifest_header import (
+    IN_PICKLE,
     decode_extras,
     encode_extras,
     name_properties,
@@ -127,6 +133,10 @@ _COUNTS = (
     *("keys", "chunks", "rank", "sums", "transformed", "pathed"),
     *("fqn_bytes", "file_bytes", "path_bytes"),
 )
+CHUNK_COLUMNS = frozenset(
+    name for name, _, rows, _ in _COLUMNS if rows in ("chunks", "chunk_ends", "sums")
+)
+"""Those that take most of the manifest of a large job."""
 Columns = Mapping[str, NDArray[Any]]
 
 
@@ -183,19 +193,50 @@ def decode(
             counts from the buffer's start.
     """
     header, start = _header(buffer, limit)
-    columns, end = _columns(buffer, start, _checked_counts(header, len(buffer)))
+    counts = _checked_counts(header, len(buffer))
+    spans, end = _locate_columns(start, counts, len(buffer))
     further = _further(header, buffer, end)
-    try:
-        catalog = _catalog(header, columns, whole)
-        if further:
-            attributes, beside = decode_further(further)
-            catalog = replace(catalog, further=attributes, beside=beside)
-    except CheckpointCorruptError:
-        raise
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise CheckpointCorruptError(f"expected a manifest, got {error!r:.200}") from None
+    catalog = _catalog(header, _view_columns(buffer, spans, counts), whole, further)
     check_catalog(catalog)
     return catalog
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedManifest:
+    """A manifest of which the columns of chunks have not been read yet."""
+
+    catalog: Catalog
+    """All but these columns is read and checked. They are views of the buffer, as it will be."""
+    spans: Mapping[str, tuple[int, int]]
+    """Where each column begins and ends in the buffer."""
+
+
+def open_keys(
+    buffer: memoryview, fill_range: Callable[[int, int], None], limit: MemoryLimit = DEFAULT_LIMIT
+) -> OpenedManifest | None:
+    """The keys and the files of a manifest, without its chunks; None if it must be read whole.
+
+    That is so if chunks have transforms, or if not all of its data is in columns. fill_range: reads
+    and checks the buffer's bytes from one offset to another.
+
+    Raises CheckpointCorruptError as `decode` does.
+    """
+    fill_range(0, min(_HEAD.size, len(buffer)))
+    fill_range(0, _header_end(buffer))
+    header, start = _header(buffer, limit)
+    counts = _checked_counts(header, len(buffer))
+    spans, end = _locate_columns(start, counts, len(buffer))
+    if counts["transformed"] or _further(header, buffer, end) or _is_in_pickle(header):
+        return None
+    for name, (at, stop) in spans.items():
+        if name not in CHUNK_COLUMNS:
+            fill_range(at, stop)
+    columns = _view_columns(buffer, spans, counts)
+    # Each path is checked when it is made: to check all would take longer than all else here.
+    catalog = _catalog(header, columns, _refuse_pickle, check_paths=False)
+    check_keys(catalog.index)
+    check_files(catalog.places)
+    return OpenedManifest(catalog, spans)
 
 
 # ---- writing
@@ -230,21 +271,27 @@ def _pad(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
 # ---- reading
 
 
-def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int]:
-    """The header and where the columns start."""
+def _header_end(buffer: memoryview) -> int:
+    """Where the header's text ends; it begins after the magic and its length."""
     if len(buffer) < _HEAD.size:
         raise CheckpointCorruptError(f"expected a manifest, got {len(buffer)} bytes", offset=0)
     magic, length = _HEAD.unpack_from(buffer)
     if magic != MAGIC:
         raise CheckpointCorruptError(f"expected a manifest's {MAGIC!r}, got {magic!r}", offset=0)
-    end = _HEAD.size + length
+    end: int = _HEAD.size + length
     if end > len(buffer) or length > MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
             f"expected a header within {min(len(buffer), MAX_HEADER_BYTES)} bytes, got {length}",
             offset=8,
         )
+    return end
+
+
+def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int]:
+    """The header and where the columns start."""
+    end = _header_end(buffer)
     text = bytes(buffer[_HEAD.size : end])
-    limit.check("a header", estimate_json_bytes(text), length)
+    limit.check("a header", estimate_json_bytes(text), len(text))
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -273,24 +320,39 @@ def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
     return {**counts, "key_ends": keys + 1, "chunk_ends": chunks + 1}
 
 
-def _columns(buffer: memoryview, start: int, counts: Mapping[str, int]) -> tuple[Columns, int]:
-    """The columns, at the offsets that follow from the counts, and where they end."""
-    found: dict[str, NDArray[Any]] = {}
+def _locate_columns(
+    start: int, counts: Mapping[str, int], most: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each column begins and ends, as follows from the counts, and where the last one's
+    padding ends."""
+    spans: dict[str, tuple[int, int]] = {}
     at = start
     for name, kind, rows, width in _COLUMNS:
-        dtype = np.dtype(kind)
         shape = (counts[rows],) if width is None else (counts[rows], counts[width])
-        end = at + prod(shape) * dtype.itemsize
-        if end > len(buffer):
+        end = at + prod(shape) * np.dtype(kind).itemsize
+        if end > most:
             raise CheckpointCorruptError(
-                f"expected column {name} of {shape} within {len(buffer)} bytes, got it up to {end}",
+                f"expected column {name} of {shape} within {most} bytes, got it up to {end}",
                 offset=at,
             )
-        column = np.frombuffer(buffer[at:end], dtype).reshape(shape)
+        spans[name] = at, end
+        at = end + -end % 8
+    return spans, at
+
+
+def _view_columns(
+    buffer: memoryview, spans: Mapping[str, tuple[int, int]], counts: Mapping[str, int]
+) -> Columns:
+    """The columns as read-only views of the buffer."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, kind, rows, width in _COLUMNS:
+        start, end = spans[name]
+        column = np.frombuffer(buffer[start:end], kind)
+        if width is not None:
+            column = column.reshape(counts[rows], counts[width])
         column.flags.writeable = False
         found[name] = column
-        at = end + -end % 8
-    return found, at
+    return found
 
 
 def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memoryview:
@@ -306,7 +368,42 @@ def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memor
     return buffer[start : start + nbytes]
 
 
-def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Metadata]) -> Catalog:
+def _is_in_pickle(header: Mapping[str, Any]) -> bool:
+    extras = header.get("said")
+    return not isinstance(extras, dict) or any(value == [IN_PICKLE] for value in extras.values())
+
+
+def _refuse_pickle() -> NoReturn:
+    raise ValueError("a part is in the pickle")
+
+
+def _catalog(
+    header: Mapping[str, Any],
+    columns: Columns,
+    whole: Callable[[], Metadata],
+    further: memoryview | None = None,
+    *,
+    check_paths: bool = True,
+) -> Catalog:
+    try:
+        catalog = _make_catalog(header, columns, whole, check_paths=check_paths)
+        if further:
+            attributes, beside = decode_further(further)
+            catalog = replace(catalog, further=attributes, beside=beside)
+    except CheckpointCorruptError:
+        raise
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointCorruptError(f"expected a manifest, got {error!r:.200}") from None
+    return catalog
+
+
+def _make_catalog(
+    header: Mapping[str, Any],
+    columns: Columns,
+    whole: Callable[[], Metadata],
+    *,
+    check_paths: bool,
+) -> Catalog:
     fqns = packed_names.unpack_names(columns["fqns"].tobytes())
     files = packed_names.unpack_names(columns["files"].tobytes())
     if len(fqns) != len(columns["ndim"]):
@@ -324,4 +421,5 @@ def _catalog(header: Mapping[str, Any], columns: Columns, whole: Callable[[], Me
         transforms=read_transforms(header["transforms"], columns["transform_of"]),
         **{name: columns[name] for name in EntryPlaces.column_names()},
     )
-    return Catalog(index, places, **decode_extras(header["said"], fqns, columns, whole))
+    extras = decode_extras(header["said"], fqns, columns, whole, check_paths=check_paths)
+    return Catalog(index, places, **extras)

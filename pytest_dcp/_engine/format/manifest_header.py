@@ -29,7 +29,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.plan.packed_names import Fqns
 
 _SAID = ("planner_data", "storage_meta", "version")
-_NONE, _IN_PICKLE, _PATHS, _VALUE = "none", "pickle", "paths", "value"
+_NONE, IN_PICKLE, _PATHS, _VALUE = "none", "pickle", "paths", "value"
 
 _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _LAYOUTS = {str(v): v for v in vars(torch).values() if isinstance(v, torch.layout)}
@@ -58,9 +58,9 @@ def encode_extras(catalog: Catalog) -> tuple[dict[str, Any], NDArray[np.int32], 
     """The data of planner and storage, and the two columns of the planner's paths."""
     packed = planner_paths.pack_paths(catalog.planner_data, catalog.index.fqns)
     extras = {
-        "planner_data": [_IN_PICKLE if packed is None else _PATHS],
+        "planner_data": [IN_PICKLE if packed is None else _PATHS],
         "storage_meta": _encode_storage_meta(catalog.storage_meta),
-        "version": [_VALUE, catalog.version] if _is_text(catalog.version) else [_IN_PICKLE],
+        "version": [_VALUE, catalog.version] if _is_text(catalog.version) else [IN_PICKLE],
     }
     if catalog.planner_data is None:
         extras["planner_data"] = [_NONE]
@@ -80,7 +80,7 @@ def _encode_storage_meta(meta: StorageMeta | None) -> list[Any]:
     kind = type(folder).__name__
     text = None if folder is None else str(folder)
     if not plain or type(folder) not in (type(None), str, PosixPath) or not _is_text(text):
-        return [_IN_PICKLE]
+        return [IN_PICKLE]
     return [_VALUE, {**fields, "checkpoint_id": [kind, text]}]
 
 
@@ -114,23 +114,27 @@ def decode_extras(
     fqns: Fqns,
     columns: Mapping[str, NDArray[Any]],
     whole: Callable[[], Metadata],
+    *,
+    check_paths: bool = True,
 ) -> dict[str, Any]:
     """The inverse of `encode_extras`, as attributes of a catalog.
 
-    whole: reads the metadata from the pickle; called only if the header refers to it.
+    whole: reads the metadata from the pickle; called only if the header refers to it. check_paths:
+    check each of the planner's paths now; otherwise when it is used.
     """
     found: dict[str, Any] = {}
     metadata: Metadata | None = None
     for name in _SAID:
         how, *value = extras[name]
-        if how == _IN_PICKLE:
+        if how == IN_PICKLE:
             metadata = metadata or whole()
             found[name] = getattr(metadata, name)
         elif how == _NONE:
             found[name] = None
         elif how == _PATHS and name == "planner_data":
+            text = columns["paths"].tobytes()
             found[name] = planner_paths.unpack_paths(
-                fqns, columns["path_forms"], columns["paths"].tobytes()
+                fqns, columns["path_forms"], text, check_each=check_paths
             )
         elif how == _VALUE and name == "storage_meta":
             found[name] = _decode_storage_meta(*value)

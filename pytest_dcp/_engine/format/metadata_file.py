@@ -3,6 +3,7 @@
 Enters and leaves: a catalog and the file's bytes:
 
     pickle    for torch; `pickle.load` stops at its end (see `metadata_pickle`)
+    pages     checksums of the manifest's pages, where it is large (see `page_table`)
     zeros     up to the next multiple of 64
     manifest  for the engine (see `manifest_columns`)
     trailer   48 bytes: where both are, and their checksums (see `metadata_trailer`)
@@ -12,8 +13,9 @@ never be from two saves. A file without a trailer is torch's: the engine's own r
 pickle. Two things distinguish it from a file of ours that lost its end: ours says within its first
 bytes that a manifest follows, and torch's ends with STOP.
 
-`decode` checks every byte except the pickle's, which it does not read; `verify_pickle` checks
-those.
+`decode` checks every byte except the pickle's and the page table's, which it does not read;
+`verify_pickle` checks those. `open_pages` opens a file that has a page table, and leaves most of
+its manifest for later.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import mmap
 from collections.abc import Generator
 from typing import NoReturn
 
+import numpy as np
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from pytest_dcp._engine.format import manifest_columns
+from pytest_dcp._engine.format import manifest_columns, page_table
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
 from pytest_dcp._engine.format.checksum import check_crc, crc32
+from pytest_dcp._engine.format.manifest_pages import ManifestPages, ReadRange
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.format.metadata_pickle import MARK_OF_OURS, MARK_WITHIN, pickle_metadata
 from pytest_dcp._engine.format.metadata_trailer import (
@@ -39,6 +43,8 @@ from pytest_dcp._engine.format.metadata_trailer import (
     check_parts,
     read_trailer,
 )
+from pytest_dcp._engine.format.page_table import PageTable
+from pytest_dcp._engine.format.paged_catalog import PagedManifest
 from pytest_dcp._engine.unpickle import read_metadata
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.garbage_collection import collector_paused
@@ -52,15 +58,18 @@ def encode(catalog: Catalog) -> list[bytes]:
     """The parts of the file, to be written one after the other."""
     columns = manifest_columns.encode(catalog)
     stock = pickle_metadata(catalog)
-    gap = bytes(-len(stock) % ALIGNMENT)
+    table = page_table.make_table(columns)
+    pages = b"" if table is None else table.pack()
+    length = len(stock) + len(pages)
+    gap = bytes(-length % ALIGNMENT)
     trailer = Trailer(
-        manifest_crc=crc32(columns),
-        manifest_start=len(stock) + len(gap),
+        manifest_crc=crc32(columns) if table is None else table.sums[-1],
+        manifest_start=length + len(gap),
         manifest_length=len(columns),
-        pickle_length=len(stock),
-        pickle_crc=crc32(stock),
+        pickle_length=length,
+        pickle_crc=crc32(pages, crc32(stock)),
     )
-    return [stock, gap, columns, trailer.pack()]
+    return [stock, pages, gap, columns, trailer.pack()]
 
 
 def decode(data: FileBytes, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
@@ -120,6 +129,63 @@ def read_by_ranges(
         raise error.at(offset=start) from None
 
 
+def open_pages(
+    read: ReadRange, size: int, stored_bytes: int, limit: MemoryLimit = DEFAULT_LIMIT
+) -> PagedManifest | None:
+    """The manifest of a `.metadata` file, of which only the keys are read; None for a file that
+    must be read whole, by `read_by_ranges`.
+
+    read: reads from the file; it is called whenever something is read that was not needed before.
+
+    Raises CheckpointCorruptError if what is read is damaged.
+    """
+    at = size - TRAILER_BYTES
+    if size < page_table.TABLE_FROM_BYTES:
+        return None
+    tail = _read_range(read, at, TRAILER_BYTES)
+    if tail[: len(MAGIC)] != MAGIC:
+        return None
+    trailer = read_trailer(tail, at)
+    check_parts(trailer, at)
+    table = _read_table(read, trailer)
+    if table is None:
+        return None
+    start, length = trailer.manifest_start, trailer.manifest_length
+    limit.check("a pickle and a manifest", size, stored_bytes)
+
+    def read_all() -> Catalog:
+        part = _read_range(read, start, length)
+        check_crc("the manifest", part, trailer.manifest_crc, 0)
+        return manifest_columns.decode(part, _want_pickle, limit)
+
+    pages = ManifestPages(read, start, length, table)
+    try:
+        opened = manifest_columns.open_keys(pages.view, pages.fill_range, limit)
+    except CheckpointCorruptError as error:
+        raise error.at(offset=start) from None
+    return None if opened is None else PagedManifest(pages, opened, read_all, start)
+
+
+def _read_table(read: ReadRange, trailer: Trailer) -> PageTable | None:
+    """The page table, if there is one; the zeros behind it are checked, too."""
+    end, manifest_bytes = trailer.pickle_length, trailer.manifest_length
+    foot_start = end - page_table.FOOT_BYTES
+    if foot_start < 0 or not manifest_bytes:
+        return None
+    foot = _read_range(read, foot_start, trailer.manifest_start - foot_start)
+    check_gap(foot[page_table.FOOT_BYTES :], end)
+    length = page_table.length_in_foot(foot[: page_table.FOOT_BYTES], end, manifest_bytes)
+    if length is None:
+        return None
+    return PageTable.unpack(_read_range(read, end - length, length), manifest_bytes, end)
+
+
+def _read_range(read: ReadRange, offset: int, nbytes: int) -> memoryview:
+    """The bytes of the file, fewer where it ends early."""
+    view = np.empty(nbytes, dtype=np.uint8).data
+    return view[: read(offset, view)]
+
+
 class _PickleWantedError(Exception):
     """The manifest could not hold everything: the rest is in the pickle."""
 
@@ -129,7 +195,7 @@ def _want_pickle() -> NoReturn:
 
 
 def verify_pickle(data: FileBytes) -> None:
-    """Check that the pickle for torch is the one that was written.
+    """Check that the pickle for torch, and the page table, are the ones that were written.
 
     A file written by torch has no checksum for it.
 

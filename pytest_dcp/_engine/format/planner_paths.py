@@ -77,7 +77,7 @@ class PathTable(LazyDict[str, Path]):
         return self.extra[key] if row < 0 else self._path(row)
 
     def _path(self, row: int) -> Path:
-        return path_of(self.fqns[row], self.forms[self.form_of[row]])
+        return _checked_path_of(self.fqns[row], self.forms[self.form_of[row]])
 
 
 def path_of(fqn: str, form: Form) -> Path:
@@ -145,8 +145,12 @@ def _is_path(path: object) -> bool:
     )
 
 
-def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
+def unpack_paths(
+    fqns: Fqns, rows: NDArray[np.int32], text: bytes, *, check_each: bool = True
+) -> PathTable:
     """The paths of `pack_paths`.
+
+    check_each: check now that each form fits its name; otherwise when its path is made.
 
     Raises:
         CheckpointCorruptError: a form does not fit its name, or the bytes are not paths.
@@ -160,7 +164,8 @@ def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
         raise CheckpointCorruptError(f"expected the planner's paths, got {error!r:.200}") from None
     if rows.size and not (rows.min() >= _NO_PATH and rows.max() < len(forms)):
         raise CheckpointCorruptError(f"expected forms of paths below {len(forms)}, got others")
-    _check_forms(fqns, rows, forms)
+    if check_each:
+        _check_forms(fqns, rows, forms)
     formed = {fqns[row] for row in np.flatnonzero(rows >= 0).tolist()} if extra else set()
     if len(extra) != len(document["extra"]) or not extra.keys().isdisjoint(formed):
         raise CheckpointCorruptError("expected one path a key of the planner, got two of some")
@@ -169,13 +174,29 @@ def unpack_paths(fqns: Fqns, rows: NDArray[np.int32], text: bytes) -> PathTable:
 
 def _check_forms(fqns: Fqns, rows: NDArray[np.int32], forms: Sequence[Form]) -> None:
     widths = [sum(map(abs, form)) for form in forms]
-    checked = [any(width < 0 for width in form) for form in forms]
+    positions = [_int_positions(form) for form in forms]
+    ints: set[str] = set()  # words that are ints as they are printed; names share most of them
     for fqn, row in zip(fqns, rows.tolist(), strict=True):
-        if row >= 0 and (checked[row] or widths[row] != fqn.count(".") + 1):
-            try:
-                path_of(fqn, forms[row])
-            except ValueError as error:
-                raise CheckpointCorruptError(f"{error}"[:200], entry=fqn) from None
+        if row < 0 or (not positions[row] and widths[row] == fqn.count(".") + 1):
+            continue
+        words = fqn.split(".")
+        if len(words) == widths[row] and all(words[at] in ints for at in positions[row]):
+            continue
+        _checked_path_of(fqn, forms[row])
+        ints.update(words[at] for at in positions[row])
+
+
+def _int_positions(form: Form) -> list[int]:
+    """Which words of a name are ints."""
+    ends = np.abs(form).cumsum().tolist()
+    return [end - 1 for width, end in zip(form, ends, strict=True) if width < 0]
+
+
+def _checked_path_of(fqn: str, form: Form) -> Path:
+    try:
+        return path_of(fqn, form)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{error}"[:200], entry=fqn) from None
 
 
 def _checked_text(text: object) -> str | None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
-from pytest_dcp._engine.format.catalog_selection import select_keys
+from pytest_dcp._engine.format.paged_catalog import select_part
 from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.io.copy_plan import Targets
 from pytest_dcp._engine.io.folder import Folder
@@ -233,7 +233,7 @@ class CatalogContents:
     def _part(self, names: Sequence[str]) -> Catalog:
         row_of = self._catalog.index.row_of
         keys = np.array([row_of[name] for name in dict.fromkeys(names)], dtype=np.int64)
-        return select_keys(self._catalog, keys)
+        return select_part(self._catalog, keys)
 
     def _source(self, catalog: Catalog) -> ItemSource:
         return ItemSource(self._folder, catalog, self._settings, self._registry, Observer("load"))

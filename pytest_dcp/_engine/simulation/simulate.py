@@ -26,6 +26,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.manifest_columns import encoded_length
 from pytest_dcp._engine.format.metadata_pickle import pickled_length
 from pytest_dcp._engine.format.metadata_trailer import ALIGNMENT, TRAILER_BYTES
+from pytest_dcp._engine.format.page_table import table_bytes
 from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults, places_of
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import BYTES, WriteItems
@@ -223,6 +224,7 @@ class _SimulatedSave:
         written.forget_plans()
         del self.local, local, joined
         manifest, pickled = encoded_length(catalog), pickled_length(catalog)
+        stock = pickled + table_bytes(manifest)
         write = write_messages(written.messages, metadata_message(catalog))
         steps = (plan, write)
         memory = _memory_bytes(steps, held_rows, index, catalog.places, manifest, pickled)
@@ -233,7 +235,7 @@ class _SimulatedSave:
             files=np.array(written.files, dtype=np.int64),
             keys=len(index),
             chunks=len(index.offset),
-            metadata_bytes=pickled + -pickled % ALIGNMENT + manifest + TRAILER_BYTES,
+            metadata_bytes=stock + -stock % ALIGNMENT + manifest + TRAILER_BYTES,
             steps=steps,
             coordinator=CoordinatorCost(
                 connections=len(written.items) - 1,

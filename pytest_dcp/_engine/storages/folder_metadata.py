@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.disk import Disk, In
 from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_file import LocalIn
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.storages.local_filesystem import FileSystem
 from pytest_dcp.errors import CheckpointCorruptError
@@ -56,20 +59,38 @@ class FolderOfCheckpoint:
 def read_catalog(folder: Folder, name: str, limit: MemoryLimit = DEFAULT_LIMIT) -> Catalog:
     """The catalog of a metadata file.
 
+    The chunks of a large one on a local disk are read when they are used: the file stays open
+    until then, or until the catalog is dropped.
+
     Raises FileNotFoundError, and CheckpointCorruptError naming the file.
     """
-    with folder.open(name) as file:
-        reading = metadata_file.read_by_ranges(file.size, file.stored_bytes, limit)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(folder.open(name))
         try:
-            offset, nbytes = next(reading)
-            while True:
-                view = np.empty(nbytes, dtype=np.uint8).data
-                offset, nbytes = reading.send(view[: file.read_into(offset, view)])
-        except StopIteration as end:
-            catalog: Catalog = end.value
-            return catalog
+            manifest = None
+            if isinstance(file, LocalIn):
+                manifest = metadata_file.open_pages(
+                    file.read_into, file.size, file.stored_bytes, limit
+                )
+            if manifest is None:
+                return _read_whole(file, limit)
         except CheckpointCorruptError as error:
             raise error.at(file=name) from error
+        manifest.file = name
+        manifest.on_complete = weakref.finalize(manifest, stack.pop_all().close)
+        return manifest.catalog()
+
+
+def _read_whole(file: In, limit: MemoryLimit) -> Catalog:
+    reading = metadata_file.read_by_ranges(file.size, file.stored_bytes, limit)
+    try:
+        offset, nbytes = next(reading)
+        while True:
+            view = np.empty(nbytes, dtype=np.uint8).data
+            offset, nbytes = reading.send(view[: file.read_into(offset, view)])
+    except StopIteration as end:
+        catalog: Catalog = end.value
+        return catalog
 
 
 def files_named(folder: Folder, name: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from pytest_dcp._engine import operating_system
-from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
@@ -93,10 +93,9 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         self.load_id = new_id()
         self.rank: int | None = None
         self.use_collectives = True
-        self.has_manifest = False
-        self.may_hold_wrappers = False
-        """Whether the metadata read last was written by this engine."""
         self._metadata: Metadata | None = None
+        self._places: EntryPlaces | None = None
+        """Of the metadata read last."""
         self._open_files: OpenFiles | None = None
         self._prepared: tuple[LoadPlan, Work] | None = None
         """The result of `prepare_data`, for the plan passed to it."""
@@ -107,6 +106,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
             self._point_at(checkpoint_id)
         self.load_id = new_id()
         self._metadata, self.storage_data, self._prepared = None, {}, None
+        self._places = None
         self.close_files()
 
     def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
@@ -119,14 +119,25 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         """
         folder, name = self._metadata_place(self._disk(), kwargs.get("rank"))
         catalog = read_catalog(folder, name, self.memory)
-        has_data = catalog.places.data_start >= 0
-        self.has_manifest = bool(has_data.any())
-        self.may_hold_wrappers = bool((~has_data & (catalog.places.file >= 0)).any())
+        self._places = catalog.places
         metadata = catalog.metadata()
         meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta = copy.copy(meta)
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the metadata read last was written by this engine."""
+        return self._places is not None and bool((self._places.data_start >= 0).any())
+
+    @property
+    def may_hold_wrappers(self) -> bool:
+        """Whether entries of the metadata read last must be parsed."""
+        places = self._places
+        if places is None:
+            return False
+        return bool(((places.data_start < 0) & (places.file >= 0)).any())
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

@@ -5,21 +5,28 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
-from pytest_dcp._engine.format import metadata_file
+from pytest_dcp._engine.format import metadata_file, paged_catalog
 from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.format.paged_catalog import select_part
 from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.faults import fuzzed_metadata
 from support.forks import FORK_S, forked, limited
 from support.loads import ending, load, load_all, save
+from support.paged_catalogs import FileInMemory, add_table
 
 SAVERS = ("ours", "torch")
 INPUTS = 1_000_000 if settings().max_examples >= 10_000 else 15_000
 """For each of the two. The nightly profile of Hypothesis tries more."""
+PAGED_EACH = 5
+"""One in this many inputs gets a table of pages, and is read key by key."""
 LOADED_EACH = 50
 """One in this many inputs is loaded, with its tensors and values."""
 ROOM_BYTES = 256 << 20
@@ -89,6 +96,44 @@ def test_no_fuzzed_metadata_breaks_the_reader(files: dict[str, Path], saver: str
     assert figures["taken"] + figures["refused"] == INPUTS
     assert figures["taken"] > INPUTS // 50, "nothing gets as far as to the end"
     assert figures["refused"] > INPUTS // 2
+
+
+def open_pages_of(data: bytes) -> Catalog | None:
+    """The catalog of a changed file that got a table of pages; None if it must be read whole."""
+    manifest = FileInMemory(add_table(data)).open()
+    return None if manifest is None else manifest.catalog()
+
+
+def test_no_fuzzed_manifest_breaks_the_reader_of_pages(files: dict[str, Path]) -> None:
+    """Each key is read by itself, then all of them."""
+    good = files["ours"].read_bytes()
+
+    def body(begin: Callable[[str], None]) -> dict[str, int]:
+        endings: Counter[str] = Counter()
+        for case in fuzzed_metadata(good, range(0, INPUTS, PAGED_EACH)):
+            with suppress(CheckpointCorruptError), limited(INPUT_S):
+                endings["tried"] += 1
+                catalog = open_pages_of(case.data)
+                if catalog is None:
+                    continue
+                endings["opened"] += 1
+                begin(case.what)
+                right = 0
+                for key in range(len(catalog.index)):
+                    with suppress(CheckpointCorruptError):
+                        check_sound(select_part(catalog, np.array([key])))
+                        right += 1
+                endings["in part"] += right < len(catalog.index)
+                check_sound(catalog)
+                endings["taken"] += 1
+                assert right == len(catalog.index), "a part of a sound catalog was refused"
+        return endings
+
+    with patch.object(paged_catalog, "WHOLE_FROM_PART", 2.0):
+        figures = forked(body, ROOM_BYTES, ALL_S)
+    print(f"fuzzed manifests with pages: {figures}")
+    assert figures["in part"] > figures["tried"] // 50, "no damage is found in parts"
+    assert figures["taken"] > figures["tried"] // 100
 
 
 @pytest.mark.parametrize("saver", SAVERS)
