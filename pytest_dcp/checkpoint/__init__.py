@@ -48,6 +48,7 @@ from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor, LazyValue
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import PerRank
+from pytest_dcp._engine.steps.export_step import ExportReport
 from pytest_dcp._engine.steps.known_steps import Step
 from pytest_dcp._engine.steps.load_step import LoadedStep
 from pytest_dcp._engine.steps.manager import CheckpointManager
@@ -122,6 +123,7 @@ __all__ = [
     "LazyValue",
     "StoredShard",
     "CheckpointManager",
+    "ExportReport",
     "Step",
     "LoadedStep",
     "LoadReport",

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from pytest_dcp._engine.format.block_hashes import DIGEST_BYTES
 from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
 from pytest_dcp._engine.plan.boxes import Ints, row_bounds, spans
 from pytest_dcp._engine.plan.columns import WriteItems
@@ -20,6 +21,11 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.plan.lazy_containers import LazyList
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
 from pytest_dcp.errors import PlanError
+
+
+def no_digests() -> NDArray[np.uint8]:
+    """The hashes of a save without hashes."""
+    return np.zeros((0, DIGEST_BYTES), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +44,8 @@ class WriteColumns:
     """Descriptors, the same for every row."""
     own_transforms: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """The descriptors of the rows that have different ones."""
+    digests: NDArray[np.uint8] = field(default_factory=no_digests)
+    """(rows, DIGEST_BYTES) strong hashes, see `block_hashes`; no rows if the save has none."""
 
     def descriptors(self, row: int) -> tuple[str, ...]:
         """Transforms that a reader must undo for the row's entry, in that order."""
@@ -203,6 +211,22 @@ def places_and_more(
             raise
     planned = [[one for one in some if one.index in index_keys] for some in results]
     return whole_places_of(index, planned), more
+
+
+def digests_of(index: Index, results: Iterable[Sequence[WriteResult]]) -> NDArray[np.uint8]:
+    """(chunks, DIGEST_BYTES) the strong hashes of an index's chunks; zeros: it has none."""
+    table = np.zeros((len(index.offset), DIGEST_BYTES), dtype=np.uint8)
+    lookup: dict[MetadataIndex, int] = {}
+    for part in results:
+        if isinstance(part, WriteResults) and len(part.written.digests) and part.is_untouched():
+            table[_chunk_rows(index, part, lookup)] = part.written.digests
+    return table
+
+
+def files_of_results(results: Iterable[Sequence[WriteResult]]) -> set[str]:
+    """The data files that hold what was written."""
+    parts = chain.from_iterable(map(_columns_of, results))
+    return {name for part in parts for name in part.written.files}
 
 
 def _chunk_rows(index: Index, part: WriteResults, lookup: dict[MetadataIndex, int]) -> Ints:

@@ -30,6 +30,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
+from pytest_dcp._engine.steps.export_step import ExportReport, export_step
+from pytest_dcp._engine.steps.increments import Increments, require_local
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.load_step import LoadedStep, choose_latest, load_latest_step
@@ -57,6 +59,11 @@ class CheckpointManager:
     process_group: whose ranks save and load together; None: the default group. no_dist: this
         process alone.
     storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
+    incremental: a step shares the data files of the newest whole one, where its data is as before:
+        what does not change is neither written nor kept twice. Each step's folder stays a
+        checkpoint of its own. For local folders whose file system has hard links.
+    full_every: at least each save of this number is written in full, which bounds what one damaged
+        file can cost; None: only where nothing is as before.
 
     Every method that saves, loads or removes is collective: all ranks call it, in the same order.
 
@@ -84,7 +91,11 @@ class CheckpointManager:
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        incremental: bool = False,
+        full_every: int | None = None,
     ) -> None:
+        if full_every is not None and not incremental:
+            raise ValueError("full_every= needs incremental=True: otherwise every step is full")
         if check not in ("sizes", "checksums"):
             raise ValueError(f"check= takes 'sizes' or 'checksums', got {check!r}")
         if keep_last is None and (keep_every is not None or best is not None):
@@ -94,8 +105,12 @@ class CheckpointManager:
         )
         place = RunPlace(folder, dict(storage_options or {}))
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
+        increments = Increments(full_every) if incremental else None
         steps = KnownSteps(place, self.policy, check)
-        self._run = OpenRun(steps, RunRanks(str(steps.folders), process_group, alone))
+        if incremental:
+            require_local(steps)
+        ranks = RunRanks(str(steps.folders), process_group, alone)
+        self._run = OpenRun(steps, ranks, increments)
 
     # Saving.
 
@@ -188,6 +203,26 @@ class CheckpointManager:
         require_count("step", step, least=0)
         self.wait()
         return remove_later_steps(self._run, step)
+
+    @drop_inner_frames
+    def export(
+        self,
+        step: int,
+        target: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ExportReport:
+        """Copy a step to a path or URL, without bytes of other steps in its files. Collective.
+
+        Rank 0 copies, and compares the checksum of each block. The copy appears at once, when it is
+        whole. storage_options: of the target's file system.
+
+        Raises ValueError if the step is not whole, CheckpointExistsError if the target is a
+        checkpoint, and CheckpointCorruptError if a block is damaged.
+        """
+        require_count("step", step, least=0)
+        self.wait()
+        return export_step(self._run, step, RunPlace(target, dict(storage_options or {})))
 
     def close(self) -> None:
         """Wait for a running save, and let other processes save in the folder. Collective."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import OperationCall, team_of
+from pytest_dcp._engine.steps.increments import Increments
 from pytest_dcp._engine.steps.known_steps import KnownSteps
 from pytest_dcp._engine.steps.run_lock import RunLock
 from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
@@ -60,7 +61,11 @@ class OpenRun:
     A child process begins anew: the connections, the lock and the running saves are its parent's.
     """
 
-    def __init__(self, steps: KnownSteps, ranks: RunRanks) -> None:
+    def __init__(
+        self, steps: KnownSteps, ranks: RunRanks, increments: Increments | None = None
+    ) -> None:
+        """increments: None: every step is written in full."""
+        self.increments = increments
         self.place = steps.place
         self.policy = steps.policy
         self.ranks = ranks

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from pytest_dcp._engine.background.async_save import async_save
+from pytest_dcp._engine.steps.increments import IncrementPlan, require_no_writer
 from pytest_dcp._engine.steps.open_run import OpenRun
 from pytest_dcp._engine.steps.retention import require_count
 from pytest_dcp._engine.steps.step_folders import LAST_STEP
@@ -27,9 +28,9 @@ def save_step(
     keywords: Mapping[str, Any],
 ) -> None:
     """Save a step, then remove the steps that no rule keeps. Collective."""
-    _begin(run, step, metrics)
+    target = _begin(run, step, metrics, keywords)
     with run.ranks.without_warning():
-        save(state_dict, **run.arguments_for(step, keywords))
+        save(state_dict, **target)
     _end(run, step)
 
 
@@ -41,9 +42,9 @@ def start_save(
     keywords: Mapping[str, Any],
 ) -> Future[Metadata] | AsyncSaveResponse:
     """Save a step in the background; `wait_for_saves` waits for it. Collective."""
-    _begin(run, step, metrics)
+    target = _begin(run, step, metrics, keywords)
     with run.ranks.without_warning():
-        response = async_save(state_dict, **run.arguments_for(step, keywords))
+        response = async_save(state_dict, **target)
     if isinstance(response, AsyncSaveResponse):
         run.running[step] = response.upload_completion
     else:
@@ -59,21 +60,37 @@ def wait_for_saves(run: OpenRun) -> None:
         _end(run, step)
 
 
-def _begin(run: OpenRun, step: int, metrics: Mapping[str, float] | None) -> None:
+def _begin(
+    run: OpenRun,
+    step: int,
+    metrics: Mapping[str, float] | None,
+    keywords: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Prepare the step's folder; returns the arguments of `save`."""
     numbers = _checked_metrics(metrics)
     require_count("step", step, least=0)
     if step > LAST_STEP:
         raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
 
-    def begin() -> None:
+    increments = run.increments
+    if increments is not None:
+        require_no_writer(keywords)
+
+    def begin() -> IncrementPlan | None:
         steps = run.steps
         run.take_lock()
         steps.require_after_newest(step)
+        plan = None if increments is None else increments.begin(steps, step)
         steps.move_aside(step)
         steps.folders.note_start(step, numbers)
+        return plan
 
-    run.ranks.ask_coordinator(f"begin step {step}", begin)
+    plan = run.ranks.ask_coordinator(f"begin step {step}", begin)
     run.steps.forget(step)
+    target = run.arguments_for(step, keywords)
+    if increments is not None and plan is not None:
+        target["storage_writer"] = increments.writer(run.steps, step, plan)
+    return target
 
 
 def _end(run: OpenRun, step: int) -> None:

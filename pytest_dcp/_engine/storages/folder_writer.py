@@ -20,7 +20,12 @@ from torch.futures import Future
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_checks import check_catalog
-from pytest_dcp._engine.format.write_results import WriteResults, join_results, places_and_more
+from pytest_dcp._engine.format.write_results import (
+    WriteColumns,
+    WriteResults,
+    join_results,
+    places_and_more,
+)
 from pytest_dcp._engine.io.commit import (
     RANK_METADATA,
     data_name,
@@ -242,12 +247,15 @@ class FileSystemWriter(FolderCleanup, StorageWriter, BlockingAsyncStager):
         )
         source = source_of(planner, items)
         request = WriteRequest(folder, jobs, source, settings, watcher, awaited_rows_done)
-        if self.serialization_format == SerializationFormat.SAFETENSORS:
-            written = write_safetensors(request, items)
-        else:
-            written = write_files(request)
+        written = self._write_request(request, items)
         self._sync_parent_dirs()
         return WriteResults(items, written)
+
+    def _write_request(self, request: WriteRequest, items: Sequence[WriteItem]) -> WriteColumns:
+        """Write the files, in the save's format; returns where every row is."""
+        if self.serialization_format == SerializationFormat.SAFETENSORS:
+            return write_safetensors(request, items)
+        return write_files(request)
 
     def _write_data(
         self, planner: SavePlanner, file_queue: queue.Queue[Any]

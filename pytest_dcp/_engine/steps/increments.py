@@ -1,0 +1,95 @@
+"""What an incremental save begins with: which earlier step it may refer to, and by which hash.
+
+The coordinator decides (`Increments.plan`) and sends the plan to all ranks, which each make their
+writer by it (`Increments.target`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_dcp._engine.format.block_hashes import BlockHashes
+from pytest_dcp._engine.io.commit import METADATA
+from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.steps.block_hash import BEST_HASH, HASH_MAKERS
+from pytest_dcp._engine.steps.earlier_blocks import EarlierStep
+from pytest_dcp._engine.steps.incremental_writer import IncrementalWriter
+from pytest_dcp._engine.steps.known_steps import KnownSteps
+from pytest_dcp._engine.steps.link_files import drop_links
+from pytest_dcp._engine.steps.retention import require_count
+from pytest_dcp._engine.storages.folder_metadata import read_catalog, save_of
+from pytest_dcp.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class IncrementPlan:
+    """The coordinator's decision for one save."""
+
+    hash_name: str
+    earlier: int | None = None
+    """The step to refer to; None: this save is a full one."""
+    save_id: str = ""
+    """Of that step."""
+    since_full: int = 0
+    """Incremental saves up to that step since one that was written in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Increments:
+    """The rules of one run's incremental saves."""
+
+    full_every: int | None = None
+    """Every so many saves one is written in full; None: only where nothing can be referred to."""
+
+    def __post_init__(self) -> None:
+        if self.full_every is not None:
+            require_count("full_every=", self.full_every, least=1)
+
+    def begin(self, steps: KnownSteps, step: int) -> IncrementPlan:
+        """The plan of a save of this step, before its folder is made. The coordinator's alone."""
+        drop_links(steps.folders.folder(step))
+        earlier, _ = steps.find_latest()
+        if earlier is None:
+            return IncrementPlan(BEST_HASH)
+        try:
+            catalog = read_catalog(steps.folders.folder(earlier.number), METADATA)
+        except (OSError, CheckpointError):
+            return IncrementPlan(BEST_HASH)
+        hashes, save_id = BlockHashes.of_catalog(catalog), save_of(catalog.storage_meta)
+        if hashes is None or save_id is None or hashes.hash_name not in HASH_MAKERS:
+            return IncrementPlan(BEST_HASH)
+        if self.full_every is not None and hashes.since_full + 1 >= self.full_every:
+            return IncrementPlan(hashes.hash_name)
+        return IncrementPlan(hashes.hash_name, earlier.number, save_id, hashes.since_full)
+
+    @staticmethod
+    def writer(steps: KnownSteps, step: int, plan: IncrementPlan) -> IncrementalWriter:
+        """This rank's writer of the step."""
+        earlier = None
+        if plan.earlier is not None:
+            folder = steps.folders.folder(plan.earlier)
+            earlier = EarlierStep(folder, plan.save_id, plan.since_full)
+        return IncrementalWriter(steps.folders.folder(step).path, plan.hash_name, earlier)
+
+
+def require_no_writer(keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if a save is given a storage of its own."""
+    if keywords.get("storage_writer") is not None:
+        raise ValueError(
+            "storage_writer= cannot be given with incremental=True, which writes by a storage of "
+            "its own"
+        )
+
+
+def require_local(steps: KnownSteps) -> None:
+    """Raise ValueError unless the run is in a local folder."""
+    root = steps.folders.root
+    is_local = isinstance(root.disk, LocalDisk) and isinstance(root.path, Path)
+    if not is_local:
+        raise ValueError(
+            f"incremental=True needs a local folder, got {steps.folders}: steps share data by hard "
+            "links, which an object store does not have. Save the run's steps in full there"
+        )
