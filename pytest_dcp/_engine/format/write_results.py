@@ -224,7 +224,7 @@ def digests_of(index: Index, results: Iterable[Sequence[WriteResult]]) -> NDArra
 
 
 def files_of_results(results: Iterable[Sequence[WriteResult]]) -> set[str]:
-    """The data files that hold what was written."""
+    """The data files that hold the written items."""
     parts = chain.from_iterable(map(_columns_of, results))
     return {name for part in parts for name in part.written.files}
 

@@ -102,7 +102,7 @@ def sum_and_hash(
 
 def _pieces(data: Data, nbytes: int) -> Iterable[memoryview]:
     if isinstance(data, torch.Tensor):
-        # Only what must be copied is worth pieces that do not fit the cache.
+        # Only a tensor that must be copied is worth pieces that do not fit the cache.
         return pieces(data, min(nbytes, PIECE_BYTES) if is_flat(data) else nbytes)
     view = memoryview(data)
     return (view[at : at + nbytes] for at in range(0, len(view), nbytes))

@@ -39,7 +39,7 @@ APART_FROM_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class BlockMatches:
-    """What one rank has found out about the rows of its plan."""
+    """The findings of one rank about the rows of its plan."""
 
     earlier: dict[int, int] = field(default_factory=dict)
     """Row of the plan -> row of the earlier index with the same block."""
@@ -147,7 +147,7 @@ def join_columns(
     used: Mapping[int, int],
     blocks: EarlierBlocks | None,
 ) -> WriteColumns:
-    """The places of all rows: those that were written, and those that refer to the earlier step.
+    """The places of all rows: the written ones, and the ones in files of the earlier step.
 
     written_rows: the rows of `written`, ascending. Pure.
     """

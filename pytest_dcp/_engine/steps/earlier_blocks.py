@@ -68,7 +68,7 @@ def linkable_files(places: EntryPlaces) -> dict[str, int]:
 
 
 class EarlierBlocks:
-    """The chunks of an earlier step by what is in them."""
+    """The chunks of an earlier step, found by their data."""
 
     def __init__(self, catalog: Catalog, hashes: BlockHashes, folder: Folder) -> None:
         """folder: of the new step; only files that it has are considered."""

@@ -1,11 +1,11 @@
-"""The writer of an incremental step: what an earlier step holds already is linked, not written.
+"""The writer of an incremental step: it links files of an earlier step with data as before.
 
 A step's folder stays a checkpoint of its own. Each data file of the earlier step that the new one
 refers to gets a second name, a hard link, in the new folder, and the new index names it there. So
 
 - torch, `cp -r` and every reader see an ordinary checkpoint, and need no other folder;
 - the file system counts the names of a file, and frees it with the last one: a removal of a step
-  cannot break another, whatever crashes when.
+  cannot break another, at any crash.
 
 The steps of a save, beside those of `io.commit`:
 
@@ -17,13 +17,13 @@ The steps of a save, beside those of `io.commit`:
                   links last, and puts the index with the hashes in its place
 
 A rank that does not see the earlier index or a link writes its blocks in full: nothing is lost but
-space. A file system without hard links (or a file with too many) makes the save a full one.
+space. A file system without hard links makes the save a full one, with a warning.
 
 A crash before the commit leaves links in a folder without an index. They are no checkpoint, and
 `drop_links` removes them when the step's number is saved again.
 
 How much is kept: a file of which this rank would use less than half is not referred to; its
-blocks that are as before go into a new file of their own, apart from those that change. So no step
+blocks that are as before go into a new file of their own, apart from changing ones. So no step
 keeps more than twice its own bytes on disk, and what never changes is copied once at most. A step
 refers to at most `MOST_FILES` of them for each rank, so a folder does not fill with small files.
 
@@ -142,7 +142,7 @@ class IncrementalWriter(FileSystemWriter):
     # Every rank's part.
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's blocks, but for those that an earlier step has."""
+        """Write this rank's blocks, except blocks of an earlier step."""
         after_all = max(self.thread_count, len(plan.items))
         self._spare_name = self._data_namer(plan.storage_data)(after_all)
         return super().write_data(plan, planner)

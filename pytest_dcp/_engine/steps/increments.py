@@ -1,4 +1,4 @@
-"""What an incremental save begins with: which earlier step it may refer to, and by which hash.
+"""The begin of an incremental save: to which earlier step it may refer, and by which hash.
 
 The coordinator decides (`Increments.plan`) and sends the plan to all ranks, which each make their
 writer by it (`Increments.target`).
@@ -42,7 +42,7 @@ class Increments:
     """The rules of one run's incremental saves."""
 
     full_every: int | None = None
-    """Every so many saves one is written in full; None: only where nothing can be referred to."""
+    """At least each save of this number is full; None: only where nothing can be referred to."""
 
     def __post_init__(self) -> None:
         if self.full_every is not None:

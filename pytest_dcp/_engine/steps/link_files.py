@@ -25,7 +25,7 @@ class NoHardLinksError(CheckpointError):
 
 
 def link_files(needed: Mapping[str, int], source: Path, target: Path) -> list[str]:
-    """Link files of one folder into another; returns the names of those that are linked.
+    """Link files of one folder into another; returns the names of the linked ones.
 
     needed: the bytes that each file must have. Left out are files that are gone, that are shorter,
     or that are no plain files of the folder itself.

@@ -60,10 +60,10 @@ class CheckpointManager:
         process alone.
     storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
     incremental: a step shares the data files of the newest whole one, where its data is as before:
-        what does not change is neither written nor kept twice. Each step's folder stays a
+        unchanged data is neither written nor kept twice. Each step's folder stays a
         checkpoint of its own. For local folders whose file system has hard links.
-    full_every: at least each save of this number is written in full, which bounds what one damaged
-        file can cost; None: only where nothing is as before.
+    full_every: at least each save of this number is written in full, which bounds the cost of one
+        damaged file; None: only where nothing is as before.
 
     Every method that saves, loads or removes is collective: all ranks call it, in the same order.
 

@@ -75,7 +75,7 @@ def test_an_exported_step_can_be_gone_on_from(root: Path, tmp_path: Path) -> Non
     assert_holds(folder_of(other, 3), mostly_frozen(3))
 
 
-def test_an_export_refuses_what_would_be_lost_or_is_damaged(root: Path, target: Path) -> None:
+def test_an_export_refuses_a_checkpoint_as_target_and_damage(root: Path, target: Path) -> None:
     manager = incremental(root)
     save_all(manager, {step: mostly_frozen(step) for step in (1, 2)})
     with pytest.raises(ValueError, match=r"step 7 .* is not whole"):

@@ -86,7 +86,7 @@ def test_a_state_that_has_changed_everywhere_shares_nothing(root: Path) -> None:
     assert not data_files(root, 1).keys() & data_files(root, 2).keys()
 
 
-def test_what_never_changes_is_copied_once_at_most(root: Path) -> None:
+def test_frozen_data_is_copied_once_at_most(root: Path) -> None:
     """Most of the first file is out of date at once; the rest of it moves to a file of its own."""
     frozen = torch.rand(400_000)
     states = {
@@ -213,7 +213,7 @@ def test_writers_of_several_files_share_them(
     assert data_files(root, 3) == data_files(root, 2)
 
 
-def test_progress_counts_what_is_not_written(root: Path) -> None:
+def test_progress_counts_blocks_that_are_not_written(root: Path) -> None:
     manager = incremental(root)
     reports: list[Any] = []
     manager.save(1, mostly_frozen(1))
@@ -272,7 +272,7 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_retention_frees_what_no_step_refers_to(root: Path) -> None:
+def test_retention_frees_files_without_a_step(root: Path) -> None:
     manager = incremental(root, keep_last=1)
     for step in range(1, 6):
         manager.save(step, mostly_frozen(step))
