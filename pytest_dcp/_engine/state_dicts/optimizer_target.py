@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -40,6 +40,8 @@ class Target:
     fsdp_names: dict[str, str]
     """FSDP1's own names of the parameters; {} without FSDP1."""
     _initial: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _position_of_group: dict[str, int] = field(default_factory=dict)
+    """Of each parameter's group, once computed."""
     _names_with_state: list[frozenset[str]] = field(default_factory=list)
     """Under FSDP1, once computed: the names for which the optimizer has a state."""
 
@@ -156,7 +158,9 @@ class Target:
             current_entries = {entry: value for entry, value in own.items() if value is not None}
             states[ids[name]] = {**current_entries, **states[ids[name]]}
         states |= {key: self.optimizer.state[key] for key in self.common_keys() if key in lacking}
-        groups = [{**g, PARAMS: [ids[name] for name in g[PARAMS]]} for g in state[GROUPS]]
+        groups = [
+            {**g, PARAMS: _ParameterIds(ids[name] for name in g[PARAMS])} for g in state[GROUPS]
+        ]
         return {STATE: states, GROUPS: groups}
 
     def _pack_by_fsdp1(
@@ -212,13 +216,40 @@ class Target:
         if entry in current:
             return current[entry]
         if name not in self._initial:
-            at = next(at for at, names in enumerate(self.groups) if name in names)
-            group, parameter = self.optimizer.param_groups[at], self.parameters[name]
+            group = self.optimizer.param_groups[self._find_group(name)]
+            parameter = self.parameters[name]
             try:
                 (self._initial[name],) = initial_states(self.optimizer, group, [parameter])
             except CheckpointError:  # Unknown: accept the state unchanged.
                 self._initial[name] = {}
         return self._initial[name].get(entry)
+
+    def _find_group(self, name: str) -> int:
+        """The position of the parameter's group."""
+        if not self._position_of_group:
+            for at, names in enumerate(self.groups):
+                self._position_of_group.update(dict.fromkeys(names, at))
+        return self._position_of_group[name]
+
+
+class _ParameterIds(list[int]):
+    """A group's parameters as `Optimizer.load_state_dict` takes them.
+
+    For each tensor of the state it looks up the group that has the parameter (torch 2.13,
+    `_process_value_according_to_param_policy`): in a plain list the time of a load would grow with
+    the square of the number of parameters.
+    """
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        super().__init__(ids)
+        self._ids = frozenset(self)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is a plain list, which its owner may change."""
+        return list, (list(self),)
 
 
 def _size(value: Any) -> torch.Size | None:
