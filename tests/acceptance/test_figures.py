@@ -57,9 +57,13 @@ SIMULATION = {
     "environment": WHERE,
     "simulation": [{"ranks": 16384, "plan_s": 21.34, "met": True}],
 }
+GROWTH = {
+    "environment": WHERE,
+    "growth": [{"cost": "save", "sizes": "1, 2", "exponent": 1.0123, "met": True}],
+}
 PLACES = (
     *("worlds", "worlds-targets", "examples", "engine", "state-dicts", "hardening-peers"),
-    *("simulation", "own"),
+    *("simulation", "growth", "own"),
 )
 
 
@@ -73,7 +77,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     (folder / "page.md").write_text(text + "The end.\n")
     runs = []
-    for number, document in enumerate((WORLDS, ENGINE, STATE_DICTS, HARDENING, SIMULATION)):
+    for number, document in enumerate((WORLDS, ENGINE, STATE_DICTS, HARDENING, SIMULATION, GROWTH)):
         runs.append(folder / f"{number}.json")
         runs[-1].write_text(json.dumps(document))
     command = [sys.executable, str(COMMAND), *map(str, runs), "--guide", str(folder / "page.md")]
@@ -91,6 +95,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("state-dicts", "| get | 94.0 | 30.4 | 3.1x |"),
         ("hardening-peers", "| 4,096 | 1,028 | yes |"),
         ("simulation", "| 16,384 | 21.3 | yes |"),
+        ("growth", "| save | 1, 2 | 1.01 | yes |"),
     ],
 )
 def test_a_run_becomes_the_tables_of_its_sections(page: str, name: str, row: str) -> None:
@@ -125,6 +130,7 @@ def test_the_guide_has_a_place_for_each_benchmark() -> None:
     assert {
         *("worlds", "worlds-targets", "adoption", "examples", "engine", "state-dicts"),
         *("hardening-bombs", "hardening-overwrites", "hardening-floods", "hardening-peers"),
+        *("simulation", "growth", "opened"),
     } <= _sections(PERFORMANCE.read_text()).keys()
 
 
