@@ -33,6 +33,7 @@ from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.reshard_command import reshard
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
+from pytest_dcp._cli.wrapper_texts import describe_wrapper, print_wrapper
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor
@@ -116,6 +117,14 @@ def show_name(
 
 def _show_name(lazy: Lazy, *, as_json: bool) -> None:
     name = plain_text(lazy.name)
+    if wrappers := lazy.wrappers:
+        if as_json:
+            print_json(_describe(lazy) | {"wrappers": list(map(describe_wrapper, wrappers))})
+            return
+        print(f"{name}: stored as {len(wrappers)} wrapper(s) of other tensors")
+        for wrapper in wrappers:
+            print_wrapper(wrapper)
+        return
     if not isinstance(lazy, LazyTensor):
         value = lazy.value()
         if as_json:

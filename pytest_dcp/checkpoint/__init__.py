@@ -46,6 +46,7 @@ from pytest_dcp._engine.io.progress_observer import Progress
 from pytest_dcp._engine.lazy_reading.contents import StoredShard
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor, LazyValue
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
+from pytest_dcp._engine.lazy_reading.stored_wrappers import StoredPart, StoredWrapper
 from pytest_dcp._engine.plan.match_keys import LoadReport
 from pytest_dcp._engine.plan.per_rank import PerRank
 from pytest_dcp._engine.steps.export_step import ExportReport
@@ -121,7 +122,9 @@ __all__ = [
     "OpenCheckpoint",
     "LazyTensor",
     "LazyValue",
+    "StoredPart",
     "StoredShard",
+    "StoredWrapper",
     "CheckpointManager",
     "ExportReport",
     "Step",

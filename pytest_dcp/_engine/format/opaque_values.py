@@ -45,7 +45,7 @@ def prepare_opaque(
     try:
         stored, storage = open_wrapper(entry)
         if _lacks_scales(target) and isinstance(stored, QuantisedPickle):
-            return lambda: _tensor(stored, storage)
+            return lambda: make_tensor(stored, storage)
         copies = _copies(fqn, target, stored, same_class=True)
     except CheckpointCorruptError as error:
         raise error.at(entry=fqn) from error
@@ -79,7 +79,7 @@ def fill_wrapper(copies: Sequence[Copy], entry: bytes | memoryview) -> None:
 
 
 def _copy(copies: Sequence[Copy], storage: Storage) -> None:
-    values = [(target, _tensor(stored, storage)) for target, stored in copies]
+    values = [(target, make_tensor(stored, storage)) for target, stored in copies]
     with torch.no_grad():
         for target, value in values:
             target.copy_(value)
@@ -94,7 +94,7 @@ def read_quantised(entry: bytes | memoryview) -> torch.Tensor | None:
         stored, storage = open_wrapper(entry)
     except UnknownGlobalError:
         return None
-    return _tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
+    return make_tensor(stored, storage) if isinstance(stored, QuantisedPickle) else None
 
 
 def wrapper_in(entry: bytes | memoryview) -> str | None:
@@ -164,7 +164,11 @@ def _inner_copies(fqn: str, target: Any, stored: OpaqueWrapper, *, same_class: b
     return copies
 
 
-def _tensor(stored: Stored, storage: Storage) -> torch.Tensor:
+def make_tensor(stored: Stored, storage: Storage) -> torch.Tensor:
+    """The tensor that an entry describes, in memory of its own.
+
+    Raises CheckpointCorruptError for a damaged storage, or scales that do not fit.
+    """
     if isinstance(stored, TensorPickle):
         return storage_tensor(stored, storage)
     scales, zeros, *axis = _scales_of(stored)

@@ -17,6 +17,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,13 @@ from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_
 from pytest_dcp._engine.io.transformed_entries import tensor_of
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
+from pytest_dcp._engine.lazy_reading.stored_wrappers import (
+    Entry,
+    StoredWrapper,
+    describe_wrapper,
+    find_wrapper,
+    wrapper_text,
+)
 from pytest_dcp._engine.plan.boxes import pad_rows, volumes
 from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.containers import description_of
@@ -49,6 +57,7 @@ from pytest_dcp.errors import (
     CheckpointFileMissingError,
     CheckpointMismatchError,
     CheckpointReplacedError,
+    UntrustedPickleError,
 )
 
 KEPT_FILES = 256
@@ -57,6 +66,9 @@ open several checkpoints."""
 
 DATA_SUFFIXES = (".distcp", ".safetensors", ".tmp")
 """Of files that only checkpoints write, in folders that may also hold configurations."""
+
+_VALUE = None
+"""In place of a shape: the entry of a value."""
 
 FileIdentity = tuple[int, ...]
 
@@ -144,17 +156,57 @@ class CatalogContents:
 
     def read_value(self, name: str, *, weights_only: bool = True) -> Any:
         """The value of this name, which runs no code unless `weights_only` is False."""
-        none = np.zeros((1, 0), dtype=np.int64)
-        value = Wanted((name,), np.array([-1], np.int16), none, none, np.zeros(1, np.int64))
-        with self._noticing_a_replacement([name]) as catalog:
-            stored = resolve_items(self._source(catalog), read_items(value, catalog.index))
-            ((_, entry),) = stored.read_entries(np.zeros(1, dtype=np.int64))
-        self.bytes_needed += int(stored.nbytes.sum())
-        self.bytes_read += stored.tally.read
+        entry = self._read_entry(name, _VALUE, 0)
         try:
             return decode_value(entry, weights_only=weights_only)
+        except UntrustedPickleError as error:
+            wrapper = find_wrapper(entry)
+            if wrapper is not None:
+                raise UntrustedPickleError(wrapper_text(name, wrapper.kind), entry=name) from error
+            raise error.at(entry=name) from error
         except CheckpointCorruptError as error:
             raise error.at(entry=name) from error
+
+    def wrappers(self, name: str) -> tuple[StoredWrapper, ...]:
+        """The wrappers of other tensors that the tensor or value is stored as. Of a value its entry
+        is read."""
+        facts = self.describe(name)
+        if facts is None:
+            read = partial(self._read_entry, name, _VALUE, 0)
+            if (wrapper := find_wrapper(read())) is None:
+                return ()
+            return (describe_wrapper(name, wrapper, (0,) * len(wrapper.shape), read),)
+        shape = facts.shape
+        with self._noticing_a_replacement([name]) as catalog:
+            stored = self._resolve(catalog, name, shape)
+        found = []
+        for row, entry_row in enumerate(stored.items.entry.tolist()):
+            if (wrapper := stored.found.wrapped.get(entry_row)) is not None:
+                offset = tuple(stored.items.stored[row, : len(shape)].tolist())
+                read = partial(self._read_entry, name, shape, row)
+                found.append(describe_wrapper(name, wrapper, offset, read))
+        return tuple(found)
+
+    def _read_entry(self, name: str, shape: tuple[int, ...] | None, nth: int) -> Entry:
+        """The nth entry of a tensor of this shape, or of a value."""
+        with self._noticing_a_replacement([name]) as catalog:
+            stored = self._resolve(catalog, name, shape)
+            ((_, entry),) = stored.read_entries(np.array([nth], dtype=np.int64))
+        self.bytes_needed += int(stored.nbytes[nth])
+        self.bytes_read += stored.tally.read
+        return entry
+
+    def _resolve(self, catalog: Catalog, name: str, shape: tuple[int, ...] | None) -> StoredItems:
+        """All entries of a tensor of this shape, or of a value, with their places."""
+        sides = np.array([shape or ()], dtype=np.int64).reshape(1, -1)
+        whole = Wanted(
+            fqns=(name,),
+            ndim=np.array([-1 if shape is None else len(shape)], dtype=np.int16),
+            offset=np.zeros_like(sides),
+            shape=sides,
+            nth=np.zeros(1, dtype=np.int64),
+        )
+        return resolve_items(self._source(catalog), read_items(whole, catalog.index))
 
     def file_names(self) -> Sequence[str]:
         """The data files, relative to the checkpoint's folder."""
@@ -242,12 +294,9 @@ class CatalogContents:
         items = stored.items
         rows = sort_rows(items, stored.found, np.zeros(len(items), dtype=bool))
         if len(rows.wrapped):
-            fqn = items.fqns[int(rows.wrapped[0])]
-            raise CheckpointMismatchError(
-                f"{fqn!r} is stored as a wrapper of other tensors, which has no plain elements: "
-                "load it into a tensor of its class",
-                mismatched=(fqn,),
-            )
+            row = int(rows.wrapped[0])
+            fqn, wrapper = items.fqns[row], stored.found.wrapped[int(items.entry[row])]
+            raise CheckpointMismatchError(wrapper_text(fqn, wrapper.kind), mismatched=(fqn,))
         nth: list[int] = items.wanted_hint.tolist()
         targets = [boxes[nth[row]].target for row in rows.tensors.tolist()]
         stored.read_into(Targets(rows.tensors, targets))

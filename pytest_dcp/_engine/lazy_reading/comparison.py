@@ -6,6 +6,7 @@ Where both have checksums for the same boxes and these agree, no data byte is re
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor, LazyValue
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint
 from pytest_dcp._engine.lazy_reading.tensor_slabs import iterate_slabs
-from pytest_dcp.errors import UntrustedPickleError
+from pytest_dcp._engine.lazy_reading.wrapped_elements import find_difference
+from pytest_dcp.errors import CheckpointMismatchError, UntrustedPickleError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def compare_checkpoints(
     for name in first:
         if name in equal or name not in second:
             continue
-        found = _compare_facts(name, first[name], second[name])
+        found = _compare_facts(name, first[name], second[name], read=read)
         if found is None and not read:
             unread.append(name)
             continue
@@ -97,8 +99,12 @@ def have_equal_elements(one: LazyTensor, other: LazyTensor) -> bool:
     )
 
 
-def _compare_facts(name: str, one: Lazy, other: Lazy) -> NameDifference | None:
+def _compare_facts(name: str, one: Lazy, other: Lazy, *, read: bool) -> NameDifference | None:
     if type(one) is not type(other):
+        # A wrapper of other tensors is a tensor in torch's checkpoints, and a value in this
+        # engine's.
+        if read and one.wrappers and other.wrappers:
+            return None
         return NameDifference(name, "a tensor on one side, a value on the other")
     if isinstance(one, LazyTensor) and isinstance(other, LazyTensor):
         if one.shape != other.shape:
@@ -109,11 +115,23 @@ def _compare_facts(name: str, one: Lazy, other: Lazy) -> NameDifference | None:
 
 
 def _compare_contents(name: str, one: Lazy, other: Lazy) -> NameDifference | None:
-    if isinstance(one, LazyTensor) and isinstance(other, LazyTensor):
-        return _compare_elements(name, one, other)
-    if isinstance(one, LazyValue) and isinstance(other, LazyValue):
-        return _compare_values(name, one, other)
-    return None
+    try:
+        if isinstance(one, LazyTensor) and isinstance(other, LazyTensor):
+            return _compare_elements(name, one, other)
+        if isinstance(one, LazyValue) and isinstance(other, LazyValue):
+            return _compare_values(name, one, other)
+    except (CheckpointMismatchError, UntrustedPickleError) as error:
+        if not _is_either_wrapped(one, other):
+            reason = error.reason if isinstance(error, UntrustedPickleError) else str(error)
+            return NameDifference(name, f"cannot be compared: {reason}")
+    difference = find_difference(one, other)
+    return None if difference is None else NameDifference(name, difference)
+
+
+def _is_either_wrapped(one: Lazy, other: Lazy) -> bool:
+    with suppress(CheckpointMismatchError):  # a tensor of a quantised dtype
+        return bool(one.wrappers or other.wrappers)
+    return False
 
 
 def _compare_elements(name: str, one: LazyTensor, other: LazyTensor) -> NameDifference | None:
@@ -151,10 +169,7 @@ def _find_unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _compare_values(name: str, one: LazyValue, other: LazyValue) -> NameDifference | None:
-    try:
-        a, b = one.value(), other.value()
-    except UntrustedPickleError as error:
-        return NameDifference(name, f"cannot be compared: {error.reason}")
+    a, b = one.value(), other.value()
     return None if _same(a, b) else NameDifference(name, f"value {a!r:.60}, {b!r:.60}")
 
 

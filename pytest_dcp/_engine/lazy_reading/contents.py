@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from pytest_dcp._engine.format.catalog import Catalog
+from pytest_dcp._engine.lazy_reading.stored_wrappers import StoredWrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ class Contents(Protocol):
     def read_value(self, name: str, *, weights_only: bool = True) -> Any:
         """The value of this name, which runs no code. Raises UntrustedPickleError for one of
         another class than plain values have, unless `weights_only` is False."""
+
+    def wrappers(self, name: str) -> tuple[StoredWrapper, ...]:
+        """The wrappers of other tensors that the tensor or value is stored as: one for each shard
+        that is one."""
 
     def file_names(self) -> Sequence[str]:
         """The data files, relative to the checkpoint's folder."""

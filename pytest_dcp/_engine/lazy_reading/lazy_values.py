@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,10 +12,41 @@ from numpy.typing import NDArray
 from pytest_dcp._engine.lazy_reading.box_selection import select_box
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, Contents, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.html import draw_tensor
+from pytest_dcp._engine.lazy_reading.stored_wrappers import StoredPart, StoredWrapper
 from pytest_dcp.errors import CheckpointCorruptError
 
 
-class LazyTensor:
+class _Wrapped:
+    """The inner tensors of a name that is stored as a wrapper of other tensors."""
+
+    _contents: Contents
+    name: str
+
+    @property
+    def wrappers(self) -> tuple[StoredWrapper, ...]:
+        """The wrappers of other tensors, such as torchao's, that it is stored as: one for each
+        shard that is one, and none for a plain tensor or value. The pickles of their entries are
+        read.
+        """
+        return self._contents.wrappers(self.name)
+
+    @property
+    def parts(self) -> Mapping[str, StoredPart | StoredWrapper]:
+        """The inner tensors of the wrapper that it is stored as, by attribute; empty for a plain
+        tensor or value.
+
+        Raises TypeError if several shards are wrappers: each of `wrappers` has its own parts.
+        """
+        found = self.wrappers
+        if len(found) > 1:
+            raise TypeError(
+                f"{self.name!r} is stored as {len(found)} shards, each a wrapper with parts of its "
+                f"own: see checkpoint[{self.name!r}].wrappers"
+            )
+        return found[0].parts if found else {}
+
+
+class LazyTensor(_Wrapped):
     """A stored tensor. Its shape, dtype and shards are known; its elements are read when used.
 
     `tensor[2:5, :8]` reads that part alone; integers, slices and an ellipsis select as they do in
@@ -58,7 +89,8 @@ class LazyTensor:
     ) -> torch.Tensor:
         """The full tensor. dtype, device: of the result; by default as stored, on the CPU.
 
-        Raises CheckpointCorruptError naming file, entry and offset if a checksum differs.
+        Raises CheckpointMismatchError for a wrapper of other tensors, which has `parts`, and
+        CheckpointCorruptError naming file, entry and offset if a checksum differs.
         """
         return self._read((0,) * self.ndim, self._facts.shape, dtype, device)
 
@@ -147,7 +179,7 @@ def unpicklable(value: object) -> TypeError:
     )
 
 
-class LazyValue:
+class LazyValue(_Wrapped):
     """A stored Python value, which is decoded when it is asked for, without running code."""
 
     def __init__(self, contents: Contents, name: str) -> None:
@@ -161,7 +193,11 @@ class LazyValue:
         return self._contents.stored_nbytes(self.name)
 
     def value(self) -> Any:
-        """The value. Raises UntrustedPickleError for one of a class that is not plain data."""
+        """The value.
+
+        Raises UntrustedPickleError for one of a class that is not plain data; a wrapper of other
+        tensors has `parts`.
+        """
         return self._contents.read_value(self.name)
 
     def table_row(self) -> tuple[str, ...]:

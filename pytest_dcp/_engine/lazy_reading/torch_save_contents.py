@@ -12,6 +12,7 @@ from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
+from pytest_dcp._engine.lazy_reading.stored_wrappers import StoredWrapper
 from pytest_dcp._engine.lazy_reading.torch_save_file import TorchSaveFile
 from pytest_dcp._engine.plan.containers import describe
 from pytest_dcp._engine.plan.nested import Path as KeyPath
@@ -150,6 +151,10 @@ class TorchSaveContents:
         """The value of this name."""
         with self._closing.keep_open():
             return self._flat[name]
+
+    def wrappers(self, name: str) -> tuple[StoredWrapper, ...]:
+        """None: a file that holds one does not open."""
+        return ()
 
     def file_names(self) -> Sequence[str]:
         """The file."""

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
+from pytest_dcp._engine.lazy_reading.verification import verify_checkpoint
 from pytest_dcp._engine.plan.describe import write_items
 from pytest_dcp.checkpoint.state_dict import get_optimizer_state_dict
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -84,6 +86,29 @@ def test_a_part_that_is_plain_on_one_rank_goes_round(
     load.load({"w": target}, checkpoint_id=checkpoint_dir)
     local, expected = target.to_local(), mixed(3).to_local()
     assert local.tolist() == expected.tolist() if rank else inside(local) == inside(expected)
+
+
+@pytest.mark.parametrize("save", [dcp, torch_dcp], ids=["ours", "torchs"])
+def test_an_opened_checkpoint_has_the_parts_of_each_shard(
+    save: Any, rank: int, device_mesh: DeviceMesh, checkpoint_dir: Path, world: Any
+) -> None:
+    mixed = on(device_mesh, torch.ones(4, 4) if rank else blocks(2, rows=4))
+    save.save({"w": sharded(device_mesh, 3), "m": mixed}, checkpoint_id=checkpoint_dir)
+    if rank == 0:
+        with dcp.open(checkpoint_dir) as opened:
+            first, second = opened["w"].wrappers
+            assert (first.offset, second.offset) == ((0, 0), (4, 0))
+            for n, wrapper in enumerate((first, second)):
+                parts = [part.tensor().tolist() for part in wrapper.walk_parts()]
+                assert parts == inside(blocks(3, first=4 * n, rows=4))[:3]
+            with pytest.raises(TypeError, match="2 shards, each a wrapper with parts of its own"):
+                opened["w"].parts  # noqa: B018
+            assert opened["m"].parts.keys() == {"codes", "scale", "table"}
+            rows: Any = opened["m"]
+            assert torch.equal(rows[4:], torch.ones(4, 4))
+            assert verify_checkpoint(opened).problems == ()
+            assert not compare_checkpoints(opened, opened)
+    world.barrier()
 
 
 @ENGINES
