@@ -26,6 +26,7 @@ from pytest_dcp._cli.arguments import (
     print_json,
 )
 from pytest_dcp._cli.bisect_command import bisect
+from pytest_dcp._cli.common_texts import describe_common, list_common_keys, print_common
 from pytest_dcp._cli.convert_command import convert
 from pytest_dcp._cli.exit_codes import FOUND, report_refusals
 from pytest_dcp._cli.layout_page.command import write_page
@@ -37,6 +38,7 @@ from pytest_dcp._cli.wrapper_texts import describe_wrapper, print_wrapper
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor
+from pytest_dcp._engine.lazy_reading.megatron_common import COMMON
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
 from pytest_dcp._engine.lazy_reading.tensor_statistics import measure_tensor
 from pytest_dcp._engine.lazy_reading.verification import verify_checkpoint
@@ -80,7 +82,8 @@ def list_names(
             found.sort(key=lambda lazy: -lazy.nbytes)
         found = found[: top or None]
         if as_json:
-            print_json(_describe_checkpoint(checkpoint) | {"names": list(map(_describe, found))})
+            facts = _describe_checkpoint(checkpoint) | list_common_keys(checkpoint)
+            print_json(facts | {"names": list(map(_describe, found))})
         elif tree:
             for line in _tree_lines(found):
                 print(line)
@@ -88,6 +91,8 @@ def list_names(
             rows = [(*lazy.table_row()[:4], show_bytes(lazy.nbytes)) for lazy in found]
             console = Console(soft_wrap=not sys.stdout.isatty())
             console.print(draw_table(("name", "dtype", "shape", "shards", "bytes"), rows, 2))
+            if text := describe_common(checkpoint):
+                print(text)
 
 
 @app.command("show")
@@ -109,7 +114,9 @@ def show_name(
         if html is None and name is None:
             raise ValueError("show takes a name, which `ls` lists, or --html FILE")
         with _open(source, storage_option) as checkpoint:
-            if html is not None:
+            if name == COMMON and name not in checkpoint and checkpoint.common:
+                print_common(checkpoint, as_json=as_json)
+            elif html is not None:
                 write_page(checkpoint, name or "*", html, top, as_json=as_json)
             else:
                 _show_name(checkpoint[name or ""], as_json=as_json)

@@ -38,6 +38,7 @@ from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, resolve_
 from pytest_dcp._engine.io.transformed_entries import tensor_of
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
+from pytest_dcp._engine.lazy_reading.megatron_common import read_common
 from pytest_dcp._engine.lazy_reading.stored_wrappers import (
     Entry,
     StoredWrapper,
@@ -207,6 +208,11 @@ class CatalogContents:
             nth=np.zeros(1, dtype=np.int64),
         )
         return resolve_items(self._source(catalog), read_items(whole, catalog.index))
+
+    def read_common(self) -> dict[str, Any]:
+        """The values in Megatron-Core's `common.pt` beside the index; empty without the file."""
+        with self._closing.keep_open():
+            return read_common(self._folder, self._settings.memory)
 
     def file_names(self) -> Sequence[str]:
         """The data files, relative to the checkpoint's folder."""

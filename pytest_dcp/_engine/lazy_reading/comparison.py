@@ -5,7 +5,8 @@ Where both have checksums for the same boxes and these agree, no data byte is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from pytest_dcp._engine.lazy_reading.lazy_values import Lazy, LazyTensor, LazyValue
+from pytest_dcp._engine.lazy_reading.megatron_common import COMMON
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint
 from pytest_dcp._engine.lazy_reading.tensor_slabs import iterate_slabs
 from pytest_dcp._engine.lazy_reading.wrapped_elements import find_difference
+from pytest_dcp._engine.unpickle.unread_fields import UnreadObject
 from pytest_dcp.errors import CheckpointMismatchError, UntrustedPickleError
 
 
@@ -78,6 +81,8 @@ def compare_checkpoints(
             by_reading += found is None
         if found is not None:
             differing.append(found)
+    if read:
+        differing += _compare_common(first.common, second.common)
     return CheckpointDifferences(
         only_in_first=tuple(name for name in first if name not in second),
         only_in_second=tuple(name for name in second if name not in first),
@@ -173,7 +178,27 @@ def _compare_values(name: str, one: LazyValue, other: LazyValue) -> NameDifferen
     return None if _same(a, b) else NameDifference(name, f"value {a!r:.60}, {b!r:.60}")
 
 
+def _compare_common(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[NameDifference]:
+    """The values of `common.pt` that differ, or that one side lacks."""
+    for key in dict.fromkeys([*one, *other]):
+        a, b = one.get(key, _ABSENT), other.get(key, _ABSENT)
+        if not _same(a, b):
+            yield NameDifference(f"{COMMON}: {key}", f"value {a!r:.60}, {b!r:.60}")
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(none)"
+
+
+_ABSENT = _Absent()
+
+
 def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Namespace) and isinstance(b, Namespace):
+        return _same(vars(a), vars(b))
+    if isinstance(a, UnreadObject) and isinstance(b, UnreadObject):
+        return a.class_name == b.class_name
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):

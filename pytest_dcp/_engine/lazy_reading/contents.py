@@ -86,6 +86,9 @@ class Contents(Protocol):
         """The wrappers of other tensors that the tensor or value is stored as: one for each shard
         that is one."""
 
+    def read_common(self) -> dict[str, Any]:
+        """The values in Megatron-Core's `common.pt` beside the index; empty without the file."""
+
     def file_names(self) -> Sequence[str]:
         """The data files, relative to the checkpoint's folder."""
 

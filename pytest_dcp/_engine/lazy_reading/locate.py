@@ -18,6 +18,7 @@ from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.object_disk import type_of_entry
+from pytest_dcp._engine.lazy_reading.megatron_common import COMMON
 from pytest_dcp._engine.storages.local_filesystem import disk_of
 from pytest_dcp._engine.storages.storage_options import check_storage_options, is_url
 from pytest_dcp.errors import NotACheckpointError
@@ -33,6 +34,7 @@ HEAD_BYTES = 9
 """A safetensors file has its header's length in 8 bytes, then the header, which begins with {."""
 DATA_SUFFIX = ".distcp"
 METADATA = metadata_name()
+MEGATRON_RUN = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,13 @@ def _describe_folder(names: Sequence[str], rank: int | None) -> str:
         return f"each rank saved on its own ({_show(own)}): open one with rank=0"
     if any(name.endswith(DATA_SUFFIX) for name in names):
         return f"it has data files but no {METADATA}: the save did not end, or the file was removed"
+    if COMMON in names:
+        return (
+            f"it has Megatron-Core's {COMMON} but no {METADATA}: the save did not end, or it is of "
+            "an older format (zarr), which is not read"
+        )
+    if MEGATRON_RUN in names:
+        return "it is the folder of a run of Megatron: open one of its iter_* folders"
     if "metadata.pkl" in names:
         return "it was written by torch_checkpointing, whose metadata is a pickle: it is not read"
     if not names:

@@ -158,6 +158,16 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         return self._contents.containers
 
     @property
+    def common(self) -> Mapping[str, Any]:
+        """The plain values and tensors in the `common.pt` of a checkpoint of Megatron-Core, by
+        their first keys; empty for any other checkpoint. It is read at each use.
+
+        No code of it runs: an object of an unknown class is a placeholder that has its name. Raises
+        CheckpointCorruptError, naming the file, if it is damaged.
+        """
+        return self._contents.read_common() if self.format == "dcp" else {}
+
+    @property
     def missing_files(self) -> tuple[str, ...]:
         """Data files that were not there when it was opened; tensors in them cannot be read."""
         return tuple(self._contents.missing_files)

@@ -156,6 +156,10 @@ class TorchSaveContents:
         """None: a file that holds one does not open."""
         return ()
 
+    def read_common(self) -> dict[str, Any]:
+        """Nothing: the checkpoint is one file."""
+        return {}
+
     def file_names(self) -> Sequence[str]:
         """The file."""
         return (self._file,)

@@ -5,6 +5,7 @@ index      the page of each chunk's numbers, where the index is large
 coverage   the shards of every tensor are all of it, and disjoint
 contents   every shard is read, with the checksum of every block; every value is decoded; of a
            wrapper of other tensors, each of these is read
+common     Megatron-Core's `common.pt` is read, where there is one
 strays     files in the folder that the checkpoint does not name
 """
 
@@ -77,6 +78,10 @@ def verify_checkpoint(
             foreign.append(name)
         except (CheckpointError, OSError) as error:
             problems.append(FoundProblem(name, str(error).splitlines()[0]))
+    try:
+        checkpoint.common  # noqa: B018 - it is read
+    except (CheckpointError, OSError) as error:
+        problems.append(FoundProblem(None, str(error).splitlines()[0]))
     return VerificationReport(
         problems=tuple(problems),
         names=len(checkpoint),

@@ -12,6 +12,7 @@ state.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from pytest_dcp._engine.unpickle.tensor_pickles import (
     TensorPickle,
     describe_tensor,
 )
+from pytest_dcp._engine.unpickle.unread_fields import UnreadObject, may_stay_unread
 from pytest_dcp._torch_internals.tensors import set_negative_bit
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -67,6 +69,34 @@ def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bo
     value = run(data, known_here, copy=len(data) < LARGE_PICKLE_BYTES)
     check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
     return value
+
+
+def read_inert_values(data: bytes | memoryview, storages: Storages) -> Any:
+    """As `read_stored_value`, for values that are looked at: classes that the user has allowed are
+    not made either, and each object of an unknown class becomes an `UnreadObject`, by its name.
+
+    An `argparse.Namespace` is read. Raises as `read_stored_value`; functions and classes of
+    Python's library, torch and numpy that no plain value needs are still refused.
+    """
+    known_here, build, others = _vocabulary(())
+    namespace = Callee("argparse.Namespace", new=Namespace)
+    vocabulary = Vocabulary(
+        {**known_here, ("argparse", "Namespace"): namespace},
+        {**build, Namespace: build[SimpleNamespace]},
+        KEYS,
+        _Storages(storages, share=False).find,
+        nested_keys=True,
+        keeps_unread=_may_be_named,
+    )
+    value = run(data, vocabulary)
+    limit = max(MAX_LOGICAL_ITEMS, len(data))
+    check_plain(value, "the value", others | {UnreadObject}, limit, frozenset({Namespace}))
+    return value
+
+
+def _may_be_named(module: str, name: str) -> bool:
+    # Arguments of Megatron may have a signal to end at.
+    return may_stay_unread(module, name) or (module, name) == ("signal", "Signals")
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Megatron-Core: `dist_checkpointing`, waiting and in the background, and resharded."""
+"""Megatron-Core: `dist_checkpointing`, waiting and in the background, resharded, and opened."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (  # noqa: E
 from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
     TorchDistSaveShardedStrategy,
 )
+
+from pytest_dcp._engine.lazy_reading.open_checkpoint import open_checkpoint  # noqa: E402
+from pytest_dcp._engine.lazy_reading.verification import verify_checkpoint  # noqa: E402
 
 COLUMNS = 6
 
@@ -60,6 +63,14 @@ def save(values: dict[str, torch.Tensor], folder: Path, *, in_background: bool) 
         calls.close()
 
 
+def look_into(folder: Path) -> str:
+    """The folder as `dcp.open` and `verify` see it: tensors, and the values of `common.pt`."""
+    with open_checkpoint(folder, verify="full") as opened:
+        assert verify_checkpoint(opened).problems == ()
+        tensors = sorted(opened.read(["split", "same"]).items())
+        return repr([measure.digest(tensors), dict(opened.common)])
+
+
 def program(mode: str, folder: Path) -> dict[str, Any]:
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
@@ -79,6 +90,7 @@ def program(mode: str, folder: Path) -> dict[str, Any]:
         found[f"{how} columns"] = measure.digest([loaded["split"], loaded["same"]])
         whole = dist_checkpointing.load_plain_tensors(str(folder / how))
         found[f"{how} whole"] = measure.digest(sorted(whole.items()))
+        found[f"{how} opened"] = look_into(folder / how)
     return found
 
 
