@@ -52,7 +52,7 @@ def options_for(path: str, options: Mapping[str, Any], *beside: str) -> dict[str
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print the document, with whatever JSON lacks as text."""
+    """Print the document; values that JSON lacks become texts."""
     print(json.dumps(document, indent=2, default=str))
 
 

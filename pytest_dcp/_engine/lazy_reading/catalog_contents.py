@@ -69,7 +69,7 @@ DATA_SUFFIXES = (".distcp", ".safetensors", ".tmp")
 """Of files that only checkpoints write, in folders that may also hold configurations."""
 
 _VALUE = None
-"""In place of a shape: the entry of a value."""
+"""The shape of a value's entry: none."""
 
 FileIdentity = tuple[int, ...]
 

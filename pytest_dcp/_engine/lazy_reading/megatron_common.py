@@ -1,9 +1,9 @@
 """The `common.pt` of a checkpoint of Megatron-Core: its plain values and tensors, read inertly.
 
 `megatron.core.dist_checkpointing` writes a folder that is a checkpoint of DCP, and beside it
-`common.pt`, a file of `torch.save`: the iteration, the arguments, the scheduler's state, whatever
-is no sharded tensor. It may hold objects of Megatron's own classes, of which only the names are
-read; no code of it runs, and nothing is imported.
+`common.pt`, a file of `torch.save` with everything that is not sharded: the iteration, the
+arguments, the scheduler's state. It may hold objects of Megatron's own classes, of which only the
+names are read; no code of it runs, and nothing is imported.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ LIKE = 0.8
 """From this likeness on (difflib's ratio) an unknown option is a known one misspelt."""
 ON_LOCAL_DISK = ("file", "local")
 IGNORE_OTHERS = ("fsspec.spec", "fsspec.asyn", "fsspec.implementations.memory")
-"""Modules whose constructors accept any option and use only those that they name or document."""
+"""Modules whose constructors accept any option and use only options that they name or document."""
 FURTHER_NAMES = ("skip_instance_cache", "use_listings_cache", "listings_expiry_time", "max_paths")
 """Of any file system, though no constructor names them."""
 
@@ -31,7 +31,7 @@ def check_storage_options(
     mentions is refused if it resembles one that is mentioned, or if nothing could use it.
 
     Raises TypeError for anything else than a mapping of names, ValueError for options of a local
-    path, and for one that the file system does not know. No text has an option's value: it may be
+    path, or if the file system does not know one. No text has an option's value: it may be
     a secret.
     """
     if options is None:
