@@ -278,6 +278,10 @@ class CheckpointExistsError(CheckpointError, RuntimeError):
     """A checkpoint is already there and `overwrite=False` forbids replacing it."""
 
 
+class SaveAbandonedError(CheckpointError):
+    """A save was given up, since the time that a signal to stop has left was over."""
+
+
 class SaverProcessError(CheckpointError):
     """A process that saves or converts failed to start, ended, or stopped answering."""
 

@@ -53,6 +53,7 @@ from pytest_dcp._engine.steps.export_step import ExportReport
 from pytest_dcp._engine.steps.known_steps import Step
 from pytest_dcp._engine.steps.load_step import LoadedStep
 from pytest_dcp._engine.steps.manager import CheckpointManager
+from pytest_dcp._engine.steps.running_save import SaveStatus
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp._engine.torch_names import names_of_torch
 from pytest_dcp._engine.verbs.progress_bar import progress_bar
@@ -103,6 +104,7 @@ from pytest_dcp.errors import (
     NotACheckpointError,
     PlanError,
     ReplicaMismatchError,
+    SaveAbandonedError,
     SaverProcessError,
     UnknownNameError,
     UntrustedPickleError,
@@ -129,6 +131,7 @@ __all__ = [
     "ExportReport",
     "Step",
     "LoadedStep",
+    "SaveStatus",
     "LoadReport",
     "PerRank",
     "Progress",
@@ -169,6 +172,7 @@ __all__ = [
     "UnknownNameError",
     "PlanError",
     "ReplicaMismatchError",
+    "SaveAbandonedError",
     "SaverProcessError",
     "StepError",
     "UntrustedPickleError",

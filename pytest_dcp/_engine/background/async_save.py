@@ -22,6 +22,7 @@ from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.futures import wrap_future
 from pytest_dcp._engine.background.process import Job, State, pickle_for_process, save_in_process
 from pytest_dcp._engine.coordinate import Team, announce
+from pytest_dcp._engine.io.progress_observer import Progress
 from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck
 from pytest_dcp._engine.plan.storage_capabilities import holds_copy, stages_at_will
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state, stage_within_budget
@@ -47,6 +48,7 @@ def async_save(
     async_stager: AsyncStager | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    progress: Callable[[Progress], None] | None = None,
     replicas: ReplicaCheck | None = None,
     storage_options: Mapping[str, Any] | None = None,
     staging_budget: int | None = None,
@@ -61,7 +63,8 @@ def async_save(
     group. It may be called again before the last one is done: the saves of a group, including
     `save`, run one after another in the order of their calls, each with the state at its call.
 
-    replicas: as for `save`; the copies are compared while the state is saved, also in a process.
+    progress, replicas: as for `save`. Progress is called in a thread of the background save; an
+    exception of it ends the save on every rank. Copies are compared while the state is saved.
     storage_options: as for `save`.
     staging_budget: the most bytes of memory that the copies of all saves under way may take in this
         rank. Tensors that do not fit are written from their own memory, first of all, and the call
@@ -100,7 +103,7 @@ def async_save(
             stager = async_stager or _own_stager(storage_writer)
             if staging_budget is not None:
                 _require_own_staging(staging_budget, stager, in_process=in_process)
-            job = _prepare_job(team, call, chosen, in_process=in_process)
+            job = _prepare_job(team, call, chosen, progress, in_process=in_process)
             if stager is None and staging_budget is None:
                 _skip_stage(storage_writer)
             staging = _Staging(state_dict, stager, shared=in_process, budget_bytes=staging_budget)
@@ -151,7 +154,7 @@ def save_staged(
     with team.preparing():
         if not isinstance(staged, Future):
             check_state_dict(staged)
-        job = _prepare_job(team, call, planner_for(planner, None), in_process=in_process)
+        job = _prepare_job(team, call, planner_for(planner, None), None, in_process=in_process)
     return job(
         lambda: read_stateful(staged.result() if isinstance(staged, Future) else staged), None
     )
@@ -167,7 +170,12 @@ def _background_team(call: SaveCall, *, in_process: bool) -> Team:
 
 
 def _prepare_job(
-    team: Team, call: SaveCall, planner: SavePlanner, *, in_process: bool
+    team: Team,
+    call: SaveCall,
+    planner: SavePlanner,
+    progress: Callable[[Progress], None] | None,
+    *,
+    in_process: bool,
 ) -> Callable[[State, UnstagedTensors | None], Future[Metadata]]:
     """A function that starts the save of a staged state, in a thread or in the rank's process."""
     writer, reset, together = call.writer(), call.reset(), call.use_collectives
@@ -175,8 +183,8 @@ def _prepare_job(
         _require_saver_processes()
         how = pickle_for_process(writer, planner)
         to_set = call.checkpoint_id if reset else None
-        return lambda state, _: save_in_process(Job(team, state, how, to_set, together))
-    request = partial(SaveRequest, use_collectives=together, reset=reset)
+        return lambda state, _: save_in_process(Job(team, state, how, to_set, together, progress))
+    request = partial(SaveRequest, use_collectives=together, progress=progress, reset=reset)
     return lambda state, unstaged: _save_in_thread(
         Save(team, request(state, writer, planner, unstaged=unstaged))
     )

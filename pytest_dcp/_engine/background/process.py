@@ -11,7 +11,8 @@ A rank gives its process these orders; each gets one answer, a value or an error
     Join                 nothing                 form the process group
     Upload, + memory     packed metadata         save this state; its tensors are in shared memory
 
-While the process carries out an order it also sends `BEAT` every quarter of a second.
+While the process carries out an order it also sends a `Beat` every quarter of a second, with the
+progress of its save.
 
 The ranks' own team runs the steps of one save; all ranks raise a failure in any step:
 
@@ -28,6 +29,7 @@ After a death or a silence:
 - A process ends, for any reason: its line breaks, and its rank raises SaverProcessError. The
   others' saves fail through the processes' own group. The next save finds one missing in step 1.
 - A process is silent for the group's timeout: its rank kills it, which is the case above.
+- The caller's `progress` raises: its rank kills the process, and raises that exception.
 - Another rank's save fails: this rank's process must fail too, and has `GRACE_S` to report it; then
   the rank kills it, as it may hang in a collective with a process that is gone.
 - The rank ends: the kernel kills the process with the thread that started it (PR_SET_PDEATHSIG); so
@@ -67,9 +69,9 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.state_transfer import Shipment, pickle_state, ship_state
 from pytest_dcp._engine.background.worker import (
-    BEAT,
     PROGRAM,
     Advance,
+    Beat,
     Begin,
     Host,
     Join,
@@ -81,6 +83,7 @@ from pytest_dcp._engine.coordinate.failure import Cause
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.rendezvous import timeout_of
+from pytest_dcp._engine.io.progress_observer import Progress, shown_while_working
 from pytest_dcp._engine.verbs.save_messages import decode_metadata
 from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import forget_frames
@@ -108,6 +111,8 @@ class Job:
     checkpoint_id: str | os.PathLike[str] | None
     """The id to set the writer to; None: it is already set."""
     use_collectives: bool
+    progress: Callable[[Progress], None] | None = None
+    """Called in this rank with the progress of its process; its exception ends the save."""
 
 
 def save_in_process(job: Job) -> Future[Metadata]:
@@ -162,19 +167,21 @@ class SaverProcess:
         silence_s: float,
         memory_fd: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Any:
         """The answer to an order.
 
         check: called again and again meanwhile; its error ends the wait. silence_s: how long the
         process may give no sign of life. advance: called with the counts that the order sends.
+        progress: called with the progress of a save; its error kills the process.
 
-        Raises the order's exception, or SaverProcessError.
+        Raises the order's exception, or that of `progress`, or SaverProcessError.
         """
         try:
             self._connection.send(order)
             if memory_fd is not None:
                 send_handle(self._connection, memory_fd, self.process.pid)
-            answer = self._answer(check, silence_s, advance)
+            answer = self._answer(check, silence_s, advance, progress)
         except (EOFError, OSError) as error:
             raise SaverProcessError(self._how_it_ended()) from error
         if isinstance(answer, Cause):
@@ -182,7 +189,11 @@ class SaverProcess:
         return answer
 
     def _answer(
-        self, check: Callable[[], None], silence_s: float, advance: Callable[[int], None]
+        self,
+        check: Callable[[], None],
+        silence_s: float,
+        advance: Callable[[int], None],
+        progress: Callable[[Progress], None] | None,
     ) -> Any:
         heard_s = time.monotonic()
         until_s = float("inf")
@@ -192,8 +203,10 @@ class SaverProcess:
                 heard_s = time.monotonic()
                 if isinstance(answer, Advance):
                     advance(answer.count)
-                elif answer != BEAT:
+                elif not isinstance(answer, Beat):
                     return answer
+                elif progress is not None and answer.progress is not None:
+                    self._show(answer.progress, progress)
             try:
                 check()
             except PeerAborted:
@@ -202,6 +215,13 @@ class SaverProcess:
                 self._give_up("did not give up its save when another rank's had failed")
             if time.monotonic() > heard_s + silence_s:
                 self._give_up(f"has been silent for {silence_s:.3g} s")
+
+    def _show(self, state: Progress, progress: Callable[[Progress], None]) -> None:
+        try:
+            progress(state)
+        except BaseException:
+            self.end()
+            raise
 
     def _give_up(self, why: str) -> None:
         self.end()
@@ -301,9 +321,11 @@ class Saver:
                     job.checkpoint_id,
                 )
                 fd = shipment.memory.fd if shipment.memory else None
-                encoded_metadata = team.agree(
-                    "save", lambda: line.ask(upload, team.check, silence_s, fd)
-                )
+                with shown_while_working(job.progress):
+                    encoded_metadata = team.agree(
+                        "save",
+                        lambda: line.ask(upload, team.check, silence_s, fd, progress=job.progress),
+                    )
             except StepError as error:
                 # Its text says all that this one says; this one stays the context, for debuggers.
                 raise _without_passed_on_errors(error) from None

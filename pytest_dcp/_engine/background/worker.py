@@ -33,6 +33,7 @@ from pytest_dcp._engine.background.state_transfer import unpickle_state
 from pytest_dcp._engine.coordinate import OperationCall, team_of
 from pytest_dcp._engine.coordinate.failure import capture
 from pytest_dcp._engine.coordinate.machines import machine
+from pytest_dcp._engine.io.progress_observer import Progress
 from pytest_dcp._engine.plan.storage_capabilities import names_saves
 from pytest_dcp._engine.verbs.save import Save
 from pytest_dcp._engine.verbs.save_messages import encode_metadata
@@ -40,7 +41,10 @@ from pytest_dcp._engine.verbs.save_request import SaveRequest
 
 PROGRAM = """
 import json, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the imports would end with a traceback
+# Ctrl-C in a terminal, and a scheduler's signal, reach all processes of a job, even during the
+# imports; the rank decides whether its saves go on.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
 sys.path[:] = json.loads(sys.argv[1])["path"]
 from pytest_dcp.garbage_collection import frozen_imports
 with frozen_imports():
@@ -48,14 +52,20 @@ with frozen_imports():
 main()
 """
 BEAT_S = 0.25
-BEAT = "beat"
-"""Sent every `BEAT_S` until the answer; it is itself no answer to any order."""
 _sending = threading.Lock()
 """Held while a message is sent: signs of life come from a thread of their own."""
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 NAME = b"dcp-async-save"
 """The process's name in the system, even while it ends; at most 15 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life, sent every `BEAT_S` until the answer to an order."""
+
+    progress: Progress | None
+    """Of the save, once its plan is known."""
 
 
 class Order(Protocol):
@@ -169,21 +179,29 @@ class Upload:
             writer,
             planner,
             use_collectives=self.use_collectives,
+            progress=_note_progress,
             reset=None if self.checkpoint_id is None else partial(writer.reset, self.checkpoint_id),
         )
-        return encode_metadata(Save(team, request).run())
+        try:
+            return encode_metadata(Save(team, request).run())
+        finally:
+            _progress.clear()
 
 
 _store: list[TCPStore] = []
 """The store hosted here, if any."""
+_progress: list[Progress] = []
+"""Of the running save: the last one that was reported."""
+
+
+def _note_progress(state: Progress) -> None:
+    _progress[:] = [state]
 
 
 def main() -> None:
     """The process's whole life."""
     settings = json.loads(sys.argv[1])
     _end_with(settings["parent"])
-    # Ctrl-C in a terminal reaches all processes; the rank decides whether its saves go on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(settings["threads"])
     with contextlib.suppress(EOFError, OSError):
         serve(Connection(settings["fd"]))
@@ -219,7 +237,7 @@ def _send_heartbeats(line: Connection) -> Iterator[None]:
         while not stopped.wait(BEAT_S):
             try:
                 with _sending:
-                    line.send(BEAT)
+                    line.send(Beat(next(iter(_progress), None)))
             except OSError:
                 os._exit(1)  # the rank has ended
 

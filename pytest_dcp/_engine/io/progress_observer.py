@@ -59,8 +59,7 @@ class Observer:
 
     def shown_while_working(self) -> AbstractContextManager[object]:
         """A context manager to hold open during the work."""
-        progress = self._progress
-        return progress if isinstance(progress, AbstractContextManager) else nullcontext()
+        return shown_while_working(self._progress)
 
     def expect(self, total_bytes: int) -> None:
         """Say how many bytes there will be."""
@@ -81,6 +80,13 @@ class Observer:
     def _tell(self) -> None:
         if self._progress is not None:
             self._progress(Progress(self.operation, self.rank, self.done_bytes, self.total_bytes))
+
+
+def shown_while_working(
+    progress: Callable[[Progress], None] | None,
+) -> AbstractContextManager[object]:
+    """The progress, if it is a context manager to hold open during the work, as a bar is."""
+    return progress if isinstance(progress, AbstractContextManager) else nullcontext()
 
 
 _current: ContextVar[Observer | None] = ContextVar("observer", default=None)

@@ -56,7 +56,7 @@ def export_step(run: OpenRun, step: int, target: RunPlace) -> ExportReport:
         place = target.open_folders()
         return export_checkpoint(steps.folders.folder(step), place.root, str(place))
 
-    return run.ranks.ask_coordinator(f"export step {step}", export)
+    return run.ask_coordinator(f"export step {step}", export)
 
 
 def export_checkpoint(source: Folder, target: Folder, checkpoint_id: str) -> ExportReport:

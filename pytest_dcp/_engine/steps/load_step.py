@@ -47,7 +47,7 @@ def load_latest_step(
 
 def choose_latest(run: OpenRun) -> Step | None:
     """The newest whole step, as the coordinator sees it; it warns of others, once. Collective."""
-    step, problems = run.ranks.ask_coordinator(
+    step, problems = run.ask_coordinator(
         "look for the newest step", lambda: run.steps.find_latest()
     )
     if run.ranks.has_coordinator:
@@ -59,11 +59,11 @@ def choose_latest(run: OpenRun) -> Step | None:
 
 def _has_index(run: OpenRun, number: int) -> bool:
     """Whether the step is still there, as the coordinator sees it."""
-    return run.ranks.ask_coordinator("look again", lambda: run.steps.has_index(number))
+    return run.ask_coordinator("look again", lambda: run.steps.has_index(number))
 
 
 def _require_none_lost(run: OpenRun) -> None:
-    lost = run.ranks.ask_coordinator("list the steps", lambda: run.steps.list_steps(None))
+    lost = run.ask_coordinator("list the steps", lambda: run.steps.list_steps(None))
     if lost:
         problems = "; ".join(f"step {step.number}: {step.problem}" for step in lost)
         raise CheckpointCorruptError(

@@ -21,7 +21,7 @@ removed: a save that takes its number moves it aside, where the file system can 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -36,10 +36,12 @@ from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.load_step import LoadedStep, choose_latest, load_latest_step
 from pytest_dcp._engine.steps.open_run import OpenRun, RunRanks
+from pytest_dcp._engine.steps.preemption import StopRequest
 from pytest_dcp._engine.steps.remove_steps import remove_later_steps
 from pytest_dcp._engine.steps.retention import BestSteps, Direction, RetentionPolicy, require_count
 from pytest_dcp._engine.steps.run_place import RunPlace
-from pytest_dcp._engine.steps.save_step import save_step, start_save, wait_for_saves
+from pytest_dcp._engine.steps.running_save import SaveStatus
+from pytest_dcp._engine.steps.save_step import save_step, start_save, wait_for_save
 from pytest_dcp.tracebacks import drop_inner_frames
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
@@ -58,6 +60,11 @@ class CheckpointManager:
         either way.
     process_group: whose ranks save and load together; None: the default group. no_dist: this
         process alone.
+    on_signal: a signal, or several, by which a scheduler asks the run to stop; then `should_stop`
+        returns True. None: signals are left alone. Needs the main thread; the handler calls the
+        one that was there before, and `close` puts it back.
+    grace_s: seconds from the signal until the process may be killed: a save that has not ended by
+        then is given up.
     storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
     incremental: a step shares the data files of the newest whole one, where its data is as before:
         unchanged data is neither written nor kept twice. Each step's folder stays a
@@ -90,6 +97,8 @@ class CheckpointManager:
         check: CheckLevel = "sizes",
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
+        on_signal: int | Sequence[int] | None = None,
+        grace_s: float = 20.0,
         storage_options: Mapping[str, Any] | None = None,
         incremental: bool = False,
         full_every: int | None = None,
@@ -110,7 +119,7 @@ class CheckpointManager:
         if incremental:
             require_local(steps)
         ranks = RunRanks(str(steps.folders), process_group, alone)
-        self._run = OpenRun(steps, ranks, increments)
+        self._run = OpenRun(steps, ranks, StopRequest(on_signal, grace_s), increments)
 
     # Saving.
 
@@ -154,7 +163,38 @@ class CheckpointManager:
     @drop_inner_frames
     def wait(self) -> None:
         """Return when no save runs any more; raises the error of one that failed. Collective."""
-        wait_for_saves(self._run)
+        wait_for_save(self._run)
+
+    @property
+    def running_save(self) -> SaveStatus | None:
+        """The save of this rank that runs, or has ended since the last call; None without one.
+
+        Local: it asks no other rank, and any thread may read it. A save that has failed is raised
+        by the next call of `save`, `async_save`, `wait`, `load_latest`, `remove_after` or `close`.
+        """
+        saving = self._run.running_save
+        return None if saving is None else saving.status()
+
+    # Stopping.
+
+    @drop_inner_frames
+    def should_stop(self) -> bool:
+        """Whether any rank has received a signal of `on_signal`. Collective.
+
+        All ranks get the same answer in the same call, wherever the signal arrived. It costs one
+        small message between each rank and rank 0, and does not wait for a running save.
+        """
+        self._run.ask_coordinator("stop?", lambda: None)
+        return self.is_preempted
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether the ranks know of a signal, since the last collective call of this manager.
+
+        Local; the same on all ranks. Every collective call looks for signals, as `should_stop`.
+        """
+        run = self._run
+        return run.stop.is_agreed or (run.ranks.no_dist and run.stop.is_received)
 
     # Loading.
 
@@ -192,7 +232,7 @@ class CheckpointManager:
         if check not in (None, *get_args(ListLevel)):
             raise ValueError(f"check= takes 'names', 'sizes' or 'checksums', got {check!r}")
         run = self._run
-        return run.ranks.ask_coordinator("list the steps", lambda: run.steps.list_steps(check))
+        return run.ask_coordinator("list the steps", lambda: run.steps.list_steps(check))
 
     @drop_inner_frames
     def remove_after(self, step: int) -> list[int]:
@@ -225,11 +265,15 @@ class CheckpointManager:
         return export_step(self._run, step, RunPlace(target, dict(storage_options or {})))
 
     def close(self) -> None:
-        """Wait for a running save, and let other processes save in the folder. Collective."""
+        """Wait for a running save, and let other processes save in the folder. Collective.
+
+        Puts back the signal handlers that were there before.
+        """
         try:
             self.wait()
         finally:
             self._run.release_lock()
+            self._run.stop.restore_handlers()
 
     def __enter__(self) -> Self:
         return self

@@ -1,20 +1,21 @@
-"""A run as one process has it open: its steps, its lock, its running saves, the other ranks."""
+"""A run as one process has it open: its steps, its lock, its running save, the other ranks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import OperationCall, team_of
 from pytest_dcp._engine.steps.increments import Increments
 from pytest_dcp._engine.steps.known_steps import KnownSteps
+from pytest_dcp._engine.steps.preemption import StopRequest
 from pytest_dcp._engine.steps.run_lock import RunLock
+from pytest_dcp._engine.steps.running_save import RunningSave
 from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
 
 T = TypeVar("T")
@@ -39,17 +40,6 @@ class RunRanks:
         """The arguments of the verbs that name the ranks."""
         return {"process_group": self.group, "no_dist": self.no_dist}
 
-    def ask_coordinator(self, step: str, decide: Callable[[], T]) -> T:
-        """The coordinator's decision, on every rank; its error, too, and its warnings there."""
-        if self.no_dist:
-            return decide()
-        team = team_of(
-            self.group, OperationCall(f"steps of {self.run}"), use_dist=True, coordinator_rank=0
-        )
-        with team.wait_for_turn() as together:
-            together.pickles = True
-            return together.broadcast(step, decide)
-
     def without_warning(self) -> AbstractContextManager[None]:
         """No warning of a verb that this process is alone: the caller knows."""
         return without_single_process_warning() if self.no_dist else nullcontext()
@@ -58,19 +48,24 @@ class RunRanks:
 class OpenRun:
     """One process's hold on a run.
 
-    A child process begins anew: the connections, the lock and the running saves are its parent's.
+    A child process begins anew: the connections, the lock and the running save are its parent's.
     """
 
     def __init__(
-        self, steps: KnownSteps, ranks: RunRanks, increments: Increments | None = None
+        self,
+        steps: KnownSteps,
+        ranks: RunRanks,
+        stop: StopRequest | None = None,
+        increments: Increments | None = None,
     ) -> None:
         """increments: None: every step is written in full."""
         self.increments = increments
         self.place = steps.place
         self.policy = steps.policy
         self.ranks = ranks
+        self.stop = stop or StopRequest()
         self._lock = RunLock()
-        self._running: dict[int, Future[Any]] = {}
+        self._save: RunningSave | None = None
         self._steps = steps
         self._process = os.getpid()
 
@@ -81,14 +76,43 @@ class OpenRun:
     def steps(self) -> KnownSteps:
         """What this process knows of the steps."""
         if self._process != os.getpid():
-            self._process, self._lock, self._running = os.getpid(), RunLock(), {}
+            self._process, self._lock, self._save = os.getpid(), RunLock(), None
             self._steps = KnownSteps(self.place, self.policy, self._steps.check)
         return self._steps
 
     @property
-    def running(self) -> dict[int, Future[Any]]:
-        """This process's background saves that have not been waited for, by step."""
-        return self._running if self._process == os.getpid() else {}
+    def running_save(self) -> RunningSave | None:
+        """This process's save, until it has been waited for."""
+        return self._save if self._process == os.getpid() else None
+
+    @running_save.setter
+    def running_save(self, save: RunningSave | None) -> None:
+        self._save = save
+
+    def ask_coordinator(self, step: str, decide: Callable[[], T]) -> T:
+        """The coordinator's decision, on every rank; its error, too, and its warnings there.
+
+        Afterwards all ranks know whether any of them has been asked to stop.
+        """
+        ranks = self.ranks
+        if ranks.no_dist:
+            return decide()
+        call = OperationCall(f"steps of {self}")
+        team = team_of(ranks.group, call, use_dist=True, coordinator_rank=0)
+        with team.wait_for_turn() as together:
+            together.pickles = True
+
+            def decide_here() -> tuple[float, T | None]:
+                decision = decide() if together.is_coordinator else None
+                return self.stop.seconds_left, decision
+
+            def choose(rank_values: list[tuple[float, T | None]]) -> tuple[float, Any]:
+                _, decision = rank_values[together.coordinator_rank]
+                return min(left_s for left_s, _ in rank_values), decision
+
+            left_s, decision = together.all_reduce(step, decide_here, choose)
+        self.stop.agree(left_s)
+        return cast("T", decision)
 
     def take_lock(self) -> None:
         """Keep other processes from saving in the folder. Raises as `RunLock.take`."""
@@ -106,5 +130,5 @@ class OpenRun:
         return self.place.arguments_for(checkpoint_id, keywords) | self.ranks.arguments
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the lock and the running saves: they are this process's."""
-        return self.__dict__ | {"_lock": RunLock(), "_running": {}}
+        """All but the lock, the running save and the signals: they are this process's."""
+        return self.__dict__ | {"_lock": RunLock(), "_save": None, "stop": StopRequest()}

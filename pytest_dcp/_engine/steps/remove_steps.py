@@ -22,7 +22,7 @@ def remove_later_steps(run: OpenRun, step: int) -> list[int]:
             steps.remove(number)
         return later
 
-    removed = run.ranks.ask_coordinator("remove later steps", remove)
+    removed = run.ask_coordinator("remove later steps", remove)
     for number in removed:
         run.steps.forget(number)
     return removed

@@ -14,6 +14,7 @@ from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.steps.increments import IncrementPlan, require_no_writer
 from pytest_dcp._engine.steps.open_run import OpenRun
 from pytest_dcp._engine.steps.retention import require_count
+from pytest_dcp._engine.steps.running_save import RunningSave
 from pytest_dcp._engine.steps.step_folders import LAST_STEP
 from pytest_dcp._engine.verbs.save import save
 from pytest_dcp.errors import CheckpointError
@@ -29,8 +30,13 @@ def save_step(
 ) -> None:
     """Save a step, then remove the steps that no rule keeps. Collective."""
     target = _begin(run, step, metrics, keywords)
-    with run.ranks.without_warning():
-        save(state_dict, **target)
+    saving = _follow_progress(run, step, target)
+    run.running_save = saving
+    try:
+        with run.ranks.without_warning():
+            save(state_dict, **target)
+    finally:
+        run.running_save = None
     _end(run, step)
 
 
@@ -41,23 +47,31 @@ def start_save(
     metrics: Mapping[str, float] | None,
     keywords: Mapping[str, Any],
 ) -> Future[Metadata] | AsyncSaveResponse:
-    """Save a step in the background; `wait_for_saves` waits for it. Collective."""
+    """Save a step in the background; `wait_for_save` waits for it. Collective."""
     target = _begin(run, step, metrics, keywords)
+    saving = _follow_progress(run, step, target)
     with run.ranks.without_warning():
         response = async_save(state_dict, **target)
     if isinstance(response, AsyncSaveResponse):
-        run.running[step] = response.upload_completion
+        saving.follow(response.upload_completion)
     else:
-        run.running[step] = response
+        saving.follow(response)
+    run.running_save = saving
     return response
 
 
-def wait_for_saves(run: OpenRun) -> None:
+def wait_for_save(run: OpenRun) -> None:
     """Return when no save runs any more; raises the error of one that failed. Collective."""
-    while run.running:
-        step, future = run.running.popitem()
-        future.result()
-        _end(run, step)
+    saving, run.running_save = run.running_save, None
+    if saving is not None:
+        saving.wait()
+        _end(run, saving.step)
+
+
+def _follow_progress(run: OpenRun, step: int, target: dict[str, Any]) -> RunningSave:
+    """Follow the save of these arguments, whose own progress is called, too."""
+    target["progress"] = saving = RunningSave(step, run.stop, target.get("progress"))
+    return saving
 
 
 def _begin(
@@ -85,7 +99,7 @@ def _begin(
         steps.folders.note_start(step, numbers)
         return plan
 
-    plan = run.ranks.ask_coordinator(f"begin step {step}", begin)
+    plan = run.ask_coordinator(f"begin step {step}", begin)
     run.steps.forget(step)
     target = run.arguments_for(step, keywords)
     if increments is not None and plan is not None:
