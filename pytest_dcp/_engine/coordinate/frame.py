@@ -28,6 +28,8 @@ MAX_BODY_BYTES = 1 << 32
 """Twenty times the metadata of a million chunks: a longer length is garbage."""
 SMALL_BYTES = 1 << 17
 """Limit for a frame of a few words."""
+BUCKET_BYTES = 1 << 25
+"""Limit for a bucket of bytes: several times the largest."""
 CAUSE_BYTES = 1 << 28
 """Limit for a rank's failure: the failure of a whole operation holds the failures of its ranks."""
 FIRST_BYTES = 1 << 22
@@ -59,6 +61,8 @@ class FrameKind(IntEnum):
     """The sender leaves the operation; the connection may serve its next one."""
     HANG_UP = 11
     """The sender closes the connection, and lives."""
+    BYTES = 12
+    """A bucket of a checkpoint's bytes, for a rank that wants them: see byte_exchange."""
 
 
 class Mode(IntEnum):
@@ -76,6 +80,7 @@ class Mode(IntEnum):
 LIMITS = {
     **dict.fromkeys((FrameKind.VALUE, FrameKind.RESULT, FrameKind.VERDICT), MAX_BODY_BYTES),
     **dict.fromkeys((FrameKind.FAILED, FrameKind.ABORTED), CAUSE_BYTES),
+    FrameKind.BYTES: BUCKET_BYTES,
 }
 """Bytes after the header, by kind, where that is more than SMALL_BYTES."""
 

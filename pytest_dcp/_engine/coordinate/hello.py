@@ -18,6 +18,8 @@ from pytest_dcp._engine.coordinate.frame import Frame, FrameKind
 MAX_ADDRESS_BYTES = 65536
 IDLE = ""
 """The operation of a peer that runs none yet: its connection only shows that the peer lives."""
+BYTES = "bytes"
+"""The operation of a rank that connects to send what it has read: see byte_exchange."""
 
 
 @dataclass(frozen=True, slots=True)

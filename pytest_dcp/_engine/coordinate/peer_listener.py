@@ -36,7 +36,7 @@ from pytest_dcp._engine.coordinate.authentication import GroupKey, SeenNonces
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.descriptors import EXHAUSTED, make_more_room
 from pytest_dcp._engine.coordinate.frame import MAX_BODY_BYTES, Frame, FrameKind
-from pytest_dcp._engine.coordinate.hello import IDLE, Address, Arrival, Hello
+from pytest_dcp._engine.coordinate.hello import BYTES, IDLE, Address, Arrival, Hello
 from pytest_dcp._engine.coordinate.machines import hosts_of, local_only, machine
 from pytest_dcp._engine.coordinate.operation_order import kind_of
 
@@ -238,7 +238,10 @@ class PeerListener:
     def _note_arrival(self, hello: Hello, connection: Connection) -> None:
         """Note that a peer is here, and for which operation."""
         self._end_reasons.pop((hello.group, hello.rank), None)
-        if hello.operation != IDLE:
+        if hello.operation == BYTES and not self._active[hello.group, BYTES]:
+            # Its exchange is over, and no other one will ever ask for it.
+            self._close_stranger(connection)
+        elif hello.operation != IDLE:
             self._selector.unregister(connection)
             self._waiting.append(Arrival(hello, connection))
         else:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from pytest_dcp._engine.coordinate.byte_exchange import ByteExchange
 from pytest_dcp._engine.coordinate.coordinator_side import CoordinatorSide
 from pytest_dcp._engine.coordinate.failure import (
     CoordinationError,
@@ -61,6 +62,7 @@ class Team:
 
     def __init__(self, context: OperationContext, order: CallOrder) -> None:
         self._order = order
+        self._context = context
         self._place = context.place
         self.rank = context.rank
         self.size = context.size
@@ -159,6 +161,13 @@ class Team:
         self._run(
             Mode.BARRIER, step, lambda: None, lambda _, __: nothing, lambda _: None, sends=False
         )
+
+    def open_byte_exchange(self) -> ByteExchange:
+        """This rank's end of connections on which ranks send each other bytes during a step.
+
+        For a team of several ranks. The caller closes it.
+        """
+        return ByteExchange(self._context, self.check)
 
     @property
     def is_due(self) -> bool:
