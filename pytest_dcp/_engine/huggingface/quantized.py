@@ -94,6 +94,10 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self._stored: Catalog | None = None
         self._scale_of: dict[str, str] = {}
 
+    def may_share_reads(self) -> bool:
+        """Never: what is read is not what the plan says, but quantised."""
+        return False
+
     def _overrides_read_data(self) -> bool:
         return is_overridden(self, QuantizedHuggingFaceStorageReader, "read_data")
 

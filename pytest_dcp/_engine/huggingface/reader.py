@@ -185,6 +185,10 @@ class HuggingFaceStorageReader(FileSystemReader):
                     self._process_read_request(opened, item, planner)
             result_queue.put(True)
 
+    def may_share_reads(self) -> bool:
+        """Whether ranges of the files can be read for other ranks."""
+        return super().may_share_reads() and not self._has_requests_of_its_own()
+
     def _overrides_read_data(self) -> bool:
         return is_overridden(self, HuggingFaceStorageReader, "read_data")
 

@@ -8,7 +8,7 @@ done, and faults can be injected there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -110,3 +110,17 @@ class Disk(Protocol):
 
     def between_leases(self, folder: Any, name: str) -> AbstractContextManager[None]:
         """Replace this file inside: its readers have released it, or their time is up."""
+
+
+class RemoteDisk(Protocol):
+    """A disk that may be far away. Without this a disk counts as near."""
+
+    def is_remote(self, folder: Any) -> bool:
+        """Whether reading the folder's files goes over a network, so that ranks had better not
+        read the same bytes."""
+
+
+def is_remote(disk: object, folder: Any) -> bool:
+    """Whether a `RemoteDisk` says so of the folder."""
+    ask: Callable[[Any], bool] | None = getattr(disk, "is_remote", None)
+    return ask is not None and ask(folder)

@@ -18,7 +18,13 @@ from pathlib import Path
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io.disk import In, Out
 from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
-from pytest_dcp._engine.io.local_file import LocalIn, LocalOut, kind_of, name_file
+from pytest_dcp._engine.io.local_file import (
+    LocalIn,
+    LocalOut,
+    kind_of,
+    kind_of_device,
+    name_file,
+)
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 from pytest_dcp.tracebacks import warn_caller
 
@@ -27,6 +33,11 @@ LOCK_S = 120.0
 CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors by which a file system (SMB or 9p mounts, some in user space) reports that it cannot fsync
 folders."""
+NETWORK_KINDS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "gpfs", "beegfs", "pvfs2", "glusterfs", "afs"}
+    | {"9p", "virtiofs", "ocfs2", "gfs2", "wekafs", "daos", "fuse"}
+)
+"""File systems that other machines share, by their names in mountinfo."""
 UNREAL_KINDS = frozenset(
     ("proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf")
 )
@@ -59,6 +70,13 @@ class LocalDisk:
                 return sorted(e.name for e in entries if not e.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
+
+    def is_remote(self, folder: Path) -> bool:
+        """Whether the folder is on a network file system, or on one that a process serves."""
+        try:
+            return _is_network_device(os.stat(folder).st_dev)
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
@@ -125,6 +143,14 @@ class LocalDisk:
             _warn_of_unsynced(os.fstat(fd).st_dev, folder, error.errno)
         finally:
             os.close(fd)
+
+
+@lru_cache(maxsize=64)
+def _is_network_device(device: int) -> bool:
+    """Whether a mounted device is a network file system, or one that a process serves."""
+    numbers = operating_system.device_numbers(device)
+    kind = numbers and kind_of_device(*numbers)
+    return kind is not None and (kind in NETWORK_KINDS or kind.startswith("fuse."))
 
 
 @lru_cache(maxsize=64)

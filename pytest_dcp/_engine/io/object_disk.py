@@ -19,6 +19,8 @@ from pytest_dcp._engine.io.stream_disk import StreamOut
 ONE_PUT_BYTES = 16 << 20
 """Data files up to this size are put in one request. Longer ones are held in memory up to this
 size, then sent as a stream."""
+NEAR = frozenset(("file", "local", "memory"))
+"""Protocols of fsspec that use no network."""
 GET_BYTES = 32 << 20
 """Bytes requested at a time: bounds the memory used besides the target."""
 GAP_BYTES = 256 << 10
@@ -33,6 +35,11 @@ class ObjectDisk:
         self.fs = fs
         self.path_of = path_of
         self.renames = renames(fs)
+
+    def is_remote(self, folder: str) -> bool:
+        """Whether the file system is neither this process's memory nor a local disk."""
+        own: Any = self.fs.protocol
+        return NEAR.isdisjoint((own,) if isinstance(own, str) else own)
 
     def make_folder(self, folder: str) -> tuple[()]:
         # In a store without folders this does nothing, or creates the bucket.

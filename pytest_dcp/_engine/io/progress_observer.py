@@ -77,6 +77,10 @@ class Observer:
                 self._next = time.monotonic() + self._every_s
                 self._tell()
 
+    def silent(self) -> Observer:
+        """An observer for bytes that are counted elsewhere: it only checks whether to go on."""
+        return Observer(self.operation, self.rank, check=self._check)
+
     def _tell(self) -> None:
         if self._progress is not None:
             self._progress(Progress(self.operation, self.rank, self.done_bytes, self.total_bytes))

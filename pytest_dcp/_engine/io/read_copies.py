@@ -271,9 +271,41 @@ def read_values(
     Also raises CheckpointCorruptError if a sparse file holds more bytes of values than
     `settings.memory` allows for its occupied space.
     """
-    places = catalog.places
     found: dict[int, bytes | memoryview] = {}
     total = ByteCounts()
+
+    def read(reader: RangeReader, rows: Sequence[int]) -> None:
+        for row in rows:
+            view = memoryview(bytearray(int(catalog.places.data_nbytes[row])))
+            reader.read(row, 0, view)
+            found[row] = view.toreadonly()
+        total.add(reader.tally)
+
+    _visit_values(folder, catalog, entries, settings, observer, read)
+    return found, total
+
+
+def check_values(
+    folder: Folder,
+    catalog: Catalog,
+    entries: Sequence[int],
+    settings: ReadSettings,
+    observer: Observer,
+) -> None:
+    """Raise the errors of `read_values` that need no reading, before memory is allocated."""
+    _visit_values(folder, catalog, entries, settings, observer, lambda _, __: None)
+
+
+def _visit_values(
+    folder: Folder,
+    catalog: Catalog,
+    entries: Sequence[int],
+    settings: ReadSettings,
+    observer: Observer,
+    visit: Callable[[RangeReader, Sequence[int]], None],
+) -> None:
+    """Open each file of these entries, and visit those in it, which lie inside the file."""
+    places = catalog.places
     ordered = sorted(entries, key=lambda row: (places.file[row], places.start[row]))
     for number in dict.fromkeys(int(places.file[row]) for row in ordered):
         rows = [row for row in ordered if places.file[row] == number]
@@ -288,18 +320,15 @@ def read_values(
                     settings.memory.check(f"values in {name}", nbytes, file.stored_bytes)
                 reader = RangeReader(file, name, catalog, settings.verify, observer, StopFlag())
                 for row in rows:
-                    found[row] = _value(reader, file.size, catalog, row)
-                total.add(reader.tally)
+                    _check_inside(reader, row)
+                visit(reader, rows)
         except FileNotFoundError as error:
             raise CheckpointFileMissingError("the data file is missing", file=name) from error
-    return found, total
 
 
-def _value(reader: RangeReader, size: int, catalog: Catalog, row: int) -> memoryview:
-    start, nbytes = int(catalog.places.data_start[row]), int(catalog.places.data_nbytes[row])
+def _check_inside(reader: RangeReader, row: int) -> None:
+    """Raise unless the entry lies in its file: checked before memory is allocated for it."""
+    places, size = reader.catalog.places, reader.file.size
+    start, nbytes = int(places.data_start[row]), int(places.data_nbytes[row])
     if start + nbytes > size:
-        # Checked before memory is allocated for it.
         reader.fail(row, 0, f"the entry of {nbytes} bytes leaves the file, which has {size}")
-    view = memoryview(bytearray(nbytes))
-    reader.read(row, 0, view)
-    return view.toreadonly()

@@ -55,6 +55,8 @@ class StoredItems:
     """Of each row."""
     tally: ByteCounts = field(default_factory=ByteCounts)
     """Bytes read so far."""
+    received: dict[int, bytes | memoryview] = field(default_factory=dict)
+    """Entries that need not be read, as stored: another rank may have read them."""
 
     @property
     def catalog(self) -> Catalog:
@@ -66,6 +68,10 @@ class StoredItems:
 
         narrowed: whether each tensor is only the part of the wanted box that its row fills.
         """
+        self.tally.add(read_copies(self.request_of(targets, narrowed=narrowed)))
+
+    def request_of(self, targets: Targets, *, narrowed: bool = False) -> CopyRequest:
+        """The copies that fill these targets; `narrowed` as for `read_into`."""
         source, items = self.source, self.items
         if narrowed:
             # For planning and reading alike: both place the copy within the target.
@@ -73,8 +79,7 @@ class StoredItems:
         with collector_paused():
             plan = copies(items, targets, self.catalog.index, self.found.odd_strides)
         folder, settings, observer = source.folder, source.settings, source.observer
-        request = CopyRequest(folder, self.catalog, items, plan, settings, observer)
-        self.tally.add(read_copies(request))
+        return CopyRequest(folder, self.catalog, items, plan, settings, observer)
 
     def decode_tensor(self, row: int) -> torch.Tensor:
         """The part that a row wants of a tensor whose entry passed through stream transforms."""
@@ -86,10 +91,12 @@ class StoredItems:
     def read_entries(self, rows: Ints) -> Iterator[tuple[int, bytes | memoryview]]:
         """Each of these rows with its entry, any stream transforms undone."""
         source, entries = self.source, self.items.entry[rows].tolist()
+        unread = [entry for entry in entries if entry not in self.received]
         found, tally = read_values(
-            source.folder, self.catalog, entries, source.settings, source.observer
+            source.folder, self.catalog, unread, source.settings, source.observer
         )
         self.tally.add(tally)
+        found.update((entry, self.received[entry]) for entry in entries if entry in self.received)
         # One limit for all values: each may be small, and there may be thousands of them.
         remaining_memory = source.settings.memory.of(sum(map(len, found.values())))
         for row, entry in zip(rows.tolist(), entries, strict=True):

@@ -13,6 +13,7 @@ of a storage reader:
 
 - `KeepsFiles`: a load fails if a save removes its files meanwhile;
 - `PreparesData`: values that do not fit are noticed while targets are being filled;
+- `SharesReads`: each rank reads all that it wants itself, and `read="shared"` is refused;
 - `VerifiesBytes`: `verify=` has no effect, and the report counts no bytes (`CountedBytes`);
 - `IgnoresPlans`: the plans of all ranks are gathered for `prepare_global_plan`;
 - `MayHoldWrappers`: wrappers of other tensors that do not fit are noticed while targets are filled;
@@ -57,6 +58,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from typing_extensions import TypeIs
 
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
+from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
 
 # Of storage writers.
 
@@ -173,6 +175,43 @@ class PreparesData(Protocol):
 def prepares_data(reader: object) -> TypeIs[PreparesData]:
     """Whether a reader's class is a `PreparesData`."""
     return _class_has(reader, "prepares", "prepare_data")
+
+
+class SharesReads(Protocol):
+    """A reader that reads ranges of bytes for other ranks. Used by `load`, for `read`.
+
+    `may_share_reads` is asked once, when the load begins. Then, where ranks share reads, after
+    planning: `offer_reads` on each rank, `share_reads` with what the coordinator makes of the
+    offers, and `prepare_data` and `read_data` as always.
+    """
+
+    is_far: bool
+    """Whether reading goes over a network: `read="auto"` shares then."""
+
+    def may_share_reads(self) -> bool:
+        """Whether it can: a subclass may read in its own way."""
+
+    def offer_reads(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        capabilities: LoadPlannerCapabilities,
+        *,
+        insist: bool,
+    ) -> Wants:
+        """The ranges that a plan reads and other ranks may want, too; none is read yet.
+
+        insist: whether the caller of `load` asked for it, so that more memory may be used.
+        """
+
+    def share_reads(self, rank: int, share: ReadShare, channel: Any) -> None:
+        """Read the offered plan together with other ranks. channel: an `io.shared_reading`
+        `ByteChannel`."""
+
+
+def shares_reads(reader: object) -> TypeIs[SharesReads]:
+    """Whether a reader's class is a `SharesReads`."""
+    return _class_has(reader, "is_far", "may_share_reads", "offer_reads", "share_reads")
 
 
 class CountedBytes(Protocol):

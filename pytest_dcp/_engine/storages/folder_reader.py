@@ -19,7 +19,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.disk import Disk, is_remote
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
@@ -27,12 +27,14 @@ from pytest_dcp._engine.io.plan_entries import files_of
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
+from pytest_dcp._engine.io.shared_reading import ByteChannel, SharedReads
 from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
+from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
 from pytest_dcp._engine.planners.load_capabilities import ask_load_planner
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_metadata import (
@@ -41,7 +43,7 @@ from pytest_dcp._engine.storages.folder_metadata import (
     read_catalog,
     save_of,
 )
-from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, prepare
+from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, resolve
 from pytest_dcp._engine.storages.local_filesystem import FileSystem
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import (
@@ -99,13 +101,16 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         self._open_files: OpenFiles | None = None
         self._prepared: tuple[LoadPlan, Work] | None = None
         """The result of `prepare_data`, for the plan passed to it."""
+        self._offered: tuple[LoadPlan, Work, Wants] | None = None
+        """The result of `offer_reads`, for the plan passed to it."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same one."""
         if checkpoint_id:
             self._point_at(checkpoint_id)
         self.load_id = new_id()
-        self._metadata, self.storage_data, self._prepared = None, {}, None
+        self._metadata, self.storage_data = None, {}
+        self._prepared = self._offered = None
         self._places = None
         self.close_files()
 
@@ -244,8 +249,55 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         """
         if self._metadata is not None and not self._overrides_streams():
             with self._noticing_a_replacement():
-                catalog = self._catalog_of(self._metadata)
-                self._prepared = plan, self._work_of(catalog, plan, planner, capabilities)
+                work = self._take_offered(plan)
+                if work is None:
+                    catalog = self._catalog_of(self._metadata)
+                    work = self._work_of(catalog, plan, planner, capabilities)
+                work.judge()
+                self._prepared = plan, work
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the files are in an object store or on a network file system."""
+        return is_remote(self._disk(), self.path)
+
+    def may_share_reads(self) -> bool:
+        """Whether ranges of the files can be read for other ranks: not if a subclass reads, or
+        changes what is read."""
+        return not self._overrides_streams() and not self._overrides_read_data()
+
+    def offer_reads(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        capabilities: LoadPlannerCapabilities,
+        *,
+        insist: bool,
+    ) -> Wants:
+        """The ranges of bytes of a plan that other ranks may want, too; nothing is read yet.
+
+        insist: as for `Work.offer`.
+        """
+        if self._metadata is None:
+            raise ValueError("set_up_storage_reader must be called before offer_reads")
+        with self._noticing_a_replacement():
+            catalog = self._catalog_of(self._metadata)
+            work = self._work_of(catalog, plan, planner, capabilities)
+            wants = work.offer(insist=insist)
+        self._offered = plan, work, wants
+        return wants
+
+    def share_reads(self, rank: int, share: ReadShare, channel: ByteChannel) -> None:
+        """Read the offered plan together with the other ranks of the share."""
+        if self._offered is None:
+            raise ValueError("offer_reads must be called before share_reads")
+        _, work, wants = self._offered
+        work.shared = SharedReads(rank, wants, share, channel)
+
+    def _take_offered(self, plan: LoadPlan) -> Work | None:
+        """The work that was made by `offer_reads` for this plan."""
+        offered, self._offered = self._offered, None
+        return offered[1] if offered is not None and offered[0] is plan else None
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; finished when it returns the
@@ -254,6 +306,9 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         with self._noticing_a_replacement():
             if prepared is not None and prepared[0] is plan:
                 self.filled = prepared[1].run()
+            elif (offered := self._take_offered(plan)) is not None:
+                offered.judge()
+                self.filled = offered.run()
             elif self._metadata is None or self._overrides_streams():
                 self.filled = self._read_streams(plan, planner)
             else:
@@ -282,7 +337,9 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         return Catalog.of(copy_metadata(metadata, storage_data=self.storage_data))
 
     def _fill(self, catalog: Catalog, plan: LoadPlan, planner: LoadPlanner) -> LoadedBytes:
-        return self._work_of(catalog, plan, planner, ask_load_planner(planner)).run()
+        work = self._work_of(catalog, plan, planner, ask_load_planner(planner))
+        work.judge()
+        return work.run()
 
     def _work_of(
         self,
@@ -298,7 +355,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
             self.transforms.extension_registry,
             observer("load"),
         )
-        return prepare(source, ReadItems.of(plan.items), planner, capabilities)
+        return resolve(source, ReadItems.of(plan.items), planner, capabilities)
 
     def _overrides_streams(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""

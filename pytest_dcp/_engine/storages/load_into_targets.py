@@ -32,13 +32,18 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from pytest_dcp._engine.format.opaque_values import describe_target, misfit
+from pytest_dcp._engine.io.bucket_reading import BucketSource
 from pytest_dcp._engine.io.copy_plan import Targets
 from pytest_dcp._engine.io.plan_entries import sort_rows
+from pytest_dcp._engine.io.read_copies import check_values
+from pytest_dcp._engine.io.shared_reading import SharedReads
 from pytest_dcp._engine.io.stored_items import ItemSource, StoredItems, check_size, resolve_items
+from pytest_dcp._engine.io.wanted_ranges import LoadPhase, offer_ranges
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.match_keys import merge_errors
+from pytest_dcp._engine.plan.shared_reads import Wants
 from pytest_dcp._engine.planners.load_capabilities import numbers_of, targets_of, wrappers_of
 from pytest_dcp._engine.storages.wrapped_rows import Fill, judge_wrapper
 from pytest_dcp.errors import CheckpointMismatchError
@@ -58,22 +63,15 @@ class LoadedBytes:
     bytes_verified: int = 0
 
 
-def prepare(
+def resolve(
     source: ItemSource,
     items: ReadItems,
     planner: LoadPlanner,
     capabilities: LoadPlannerCapabilities,
 ) -> Work:
-    """Read and check everything that may not fit; returns the work of filling the planner's
-    targets.
-
-    Values are decoded, numbers that are stored as tensors read, wrappers compared: none of this
-    touches a target. Raises CheckpointMismatchError, naming every key that does not fit;
-    CheckpointCorruptError naming file, entry and offset if the checkpoint is damaged.
-    """
+    """The work of filling the planner's targets: `judge` and `run` are to be called."""
     work = Work(resolve_items(source, items), planner, capabilities)
     source.observer.expect(int(work.stored.nbytes.sum()))
-    work.judge()
     return work
 
 
@@ -92,10 +90,30 @@ class Work:
         self._wrapped: dict[int, Fill] = {}
         """By row."""
         self.rows = sort_rows(self.items, stored.found, self._numbers())
+        self.shared: SharedReads | None = None
+        """The reads that this rank shares with others, if there are any."""
+
+    def offer(self, *, insist: bool) -> Wants:
+        """The ranges of bytes that other ranks may want, too.
+
+        insist: also those of a planner that may make a buffer for each item: its buffers are then
+            all made at once.
+        """
+        tensors = self.rows.tensors
+        if not insist and targets_of(self.planner, self.items) is None:
+            tensors = tensors[:0]
+        return offer_ranges(self.stored, self.rows.values, self.rows.transformed, tensors)
 
     def judge(self) -> None:
-        """Read and check everything that may not fit, without changing any target."""
+        """Read and check everything that may not fit, without changing any target.
+
+        Values are decoded, numbers that are stored as tensors read, wrappers compared. Raises
+        CheckpointMismatchError, naming every key that does not fit; CheckpointCorruptError naming
+        file, entry and offset if the checkpoint is damaged.
+        """
         misfits: list[CheckpointMismatchError] = []
+        if self.shared is not None:
+            self._receive_values(self.shared)
         self._prepare_values(self.rows.values, misfits)
         self._prepare_wrapped(self.rows.wrapped, misfits)
         self._prepare_numbers(self.rows.numbers, misfits)
@@ -107,13 +125,74 @@ class Work:
         """Fill the targets."""
         for put in self._puts:
             put()
-        for row in self.rows.transformed.tolist():
-            self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
         for row, fill in self._wrapped.items():
             self.planner.commit_tensor(self.items[row], fill(self._entry_of(row)))
-        self._fill_tensors(self.rows.tensors)
+        if self.shared is None:
+            self._fill_decoded(self.rows.transformed)
+            self._fill_tensors(self.rows.tensors)
+        else:
+            self._fill_shared(self.shared)
         tally = self.stored.tally
         return LoadedBytes(int(self.stored.nbytes.sum()), tally.read, tally.verified)
+
+    # Shared reads.
+
+    def _receive_values(self, shared: SharedReads) -> None:
+        """Read the values that other ranks want, too, together with them."""
+        stored, source = self.stored, self.stored.source
+        entries = np.unique(self.items.entry[self.rows.values]).tolist()
+        check_values(source.folder, stored.catalog, entries, source.settings, source.observer)
+        sizes = {entry: int(stored.catalog.places.data_nbytes[entry]) for entry in entries}
+        found, tally = shared.read_entries(self._bucket_source(), sizes)
+        stored.received.update(found)
+        stored.tally.add(tally)
+
+    def _bucket_source(self) -> BucketSource:
+        source = self.stored.source
+        return BucketSource(
+            source.folder, self.stored.catalog, self.items, source.settings, source.observer
+        )
+
+    def _fill_shared(self, shared: SharedReads) -> None:
+        """Fill all tensors; those that other ranks want, too, together with them."""
+        decoded: dict[int, list[int]] = {}
+        alone = []
+        for row in self.rows.transformed.tolist():
+            entry = int(self.items.entry[row])
+            if shared.covers(LoadPhase.TENSORS, entry):
+                decoded.setdefault(entry, []).append(row)
+            else:
+                alone.append(row)
+        self._fill_decoded(np.array(alone, dtype=np.int64))
+        whole = {
+            entry: partial(self._decode_received, entry, rows) for entry, rows in decoded.items()
+        }
+        rows = self.rows.tensors
+        target = targets_of(self.planner, self.items)
+        if target is not None:
+            with collector_paused():
+                tensors = list(map(target, rows.tolist()))
+            self.stored.tally.add(
+                shared.fill(self.stored.request_of(Targets(rows, tensors)), whole)
+            )
+            return
+        targets = self._targets_by_hooks(rows)
+        request = self.stored.request_of(Targets(rows, list(targets.values())), narrowed=True)
+        self.stored.tally.add(shared.fill(request, whole))
+        for row, filled in targets.items():
+            self.planner.commit_tensor(self.items[row], filled)
+
+    def _decode_received(self, entry: int, rows: list[int], data: memoryview) -> None:
+        """Fill the targets of an entry that must be decoded."""
+        self.stored.received[entry] = data
+        self._fill_decoded(np.array(rows, dtype=np.int64))
+        del self.stored.received[entry]
+
+    # Rows by kind.
+
+    def _fill_decoded(self, rows: Ints) -> None:
+        for row in rows.tolist():
+            self.planner.commit_tensor(self.items[row], self._fill_transformed(row))
 
     def _numbers(self) -> NDArray[np.bool_]:
         """Which rows are numbers for the planner but tensors in the checkpoint."""
@@ -208,8 +287,12 @@ class Work:
 
     def _fill_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
         """Fill the targets that the planner's hooks give; returns them by row."""
+        targets = self._targets_by_hooks(rows)
+        self.stored.read_into(Targets(rows, list(targets.values())), narrowed=True)
+        return targets
+
+    def _targets_by_hooks(self, rows: Ints) -> dict[int, torch.Tensor]:
         targets = {row: self.planner.resolve_tensor(self.items[row]) for row in rows.tolist()}
         for row, target in targets.items():
             check_size(self.items[row], target)
-        self.stored.read_into(Targets(rows, list(targets.values())), narrowed=True)
         return targets
