@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from pytest_dcp._engine.coordinate.sent_classes import record
+from pytest_dcp._engine.verbs.shared_reading import SharingWish
 from pytest_dcp.errors import CheckpointMismatchError, CheckpointReplacedError
 from pytest_dcp.rank_names import ranks_text
 
@@ -26,6 +27,8 @@ class Planned:
     """Entries of `rename` that match nothing on this rank, and why."""
     may_misfit: bool
     """Whether it reads data that can only be checked against the target after reading."""
+    sharing: SharingWish
+    """Whether it would read for other ranks."""
 
 
 record(Planned)

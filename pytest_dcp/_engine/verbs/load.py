@@ -26,6 +26,7 @@ from pytest_dcp._engine.planners.empty_state_dict import _EmptyStateDictLoadPlan
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
 from pytest_dcp._engine.storages.folder_reader import checked_verify
 from pytest_dcp._engine.verbs.load_steps import Load, LoadRequest
+from pytest_dcp._engine.verbs.shared_reading import Read, checked_read
 from pytest_dcp._engine.verbs.storage_for_id import reader_for, subject_of
 from pytest_dcp._engine.verbs.torch_arguments import (
     allow_positional_storage,
@@ -77,6 +78,7 @@ def load(
     verify: Verify | None = None,
     progress: Callable[[Progress], None] | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    read: Read = "auto",
 ) -> LoadReport:
     """Fill the state dict; report missing, unexpected and converted keys. Collective.
 
@@ -94,6 +96,10 @@ def load(
     verify: "auto", "full" or "off", see FileSystemReader; None: "auto", or the given reader's.
     progress: called now and then with this rank's progress.
     storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
+    read: "local": each rank reads what it wants. "shared": bytes that several ranks want are read
+        by one of them, which sends them to the others, directly and not over the process group.
+        "auto": "shared" in object stores and on network file systems, where ranks want at least
+        1 MiB twice; otherwise "local". The same on every rank.
 
     Raises CheckpointException, the same on every rank, naming each rank that failed and why: keys
     that do not fit (CheckpointMismatchError) before any byte moves, damage
@@ -120,11 +126,12 @@ def load(
         planner = _planner_for(planner, chosen, strict=strict, weights_only=weights_only)
         if verify is not None:
             checked_verify(verify)
+        checked_read(read, storage_reader)
 
     def ordered() -> dict[str, Any]:
         return resolve_stateful({key: state_dict[key] for key in sorted(state_dict)})
 
-    work = Load(team, LoadRequest(ordered, storage_reader, planner, progress))
+    work = Load(team, LoadRequest(ordered, storage_reader, planner, progress, read))
     with verify_with(storage_reader, verify):
         report = work.run()
     for key, loaded in work.state_dict.items():

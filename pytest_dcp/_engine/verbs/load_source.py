@@ -17,21 +17,26 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import Team
+from pytest_dcp._engine.io.shared_reading import ByteChannel
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import require_complete
 from pytest_dcp._engine.plan.match_keys import LoadReport
+from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
 from pytest_dcp._engine.plan.storage_capabilities import (
+    SharesReads,
     ignores_plans,
     keeps_files,
     knows_saves,
     may_hold_wrappers,
     place_of,
     prepares_data,
+    shares_reads,
     verifies_bytes,
 )
 from pytest_dcp._engine.storages.folder_metadata import save_of
 from pytest_dcp._engine.verbs.compare_ranks import Found
+from pytest_dcp._engine.verbs.shared_reading import Read, SharingWish, wish_of
 from pytest_dcp._engine.verbs.torch_arguments import accepts_parameter
 from pytest_dcp.errors import CheckpointError
 
@@ -140,6 +145,30 @@ class LoadSource:
         # Only the files show which of torch's entries are wrappers of other tensors.
         unknown = not knows_saves(self.reader) or may_hold_wrappers(self.reader)
         return unknown or takes_others or has_values(plan.items)
+
+    def wish(self, read: Read, ranks: int) -> SharingWish:
+        """This rank's say in whether the ranks of a load share reads."""
+        return wish_of(read, self.reader, ranks)
+
+    def offer(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        capabilities: LoadPlannerCapabilities,
+        *,
+        insist: bool,
+    ) -> Wants:
+        """The ranges of bytes that other ranks may want, too."""
+        return self._sharing_reader().offer_reads(plan, planner, capabilities, insist=insist)
+
+    def share(self, rank: int, share: ReadShare, channel: ByteChannel) -> None:
+        """Read the plan that was offered together with other ranks."""
+        self._sharing_reader().share_reads(rank, share, channel)
+
+    def _sharing_reader(self) -> SharesReads:
+        if not shares_reads(self.reader):
+            raise TypeError(f"{type(self.reader).__name__} shares no reads")
+        return self.reader
 
     def prepare(
         self, plan: LoadPlan, planner: LoadPlanner, capabilities: LoadPlannerCapabilities

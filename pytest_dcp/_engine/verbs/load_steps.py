@@ -54,7 +54,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,13 @@ from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_together
 from pytest_dcp._engine.verbs.load_source import LoadSource
 from pytest_dcp._engine.verbs.phase_timing import Phases
+from pytest_dcp._engine.verbs.shared_reading import (
+    WORTHWHILE_BYTES,
+    Offer,
+    Read,
+    agree_on_sharing,
+    make_deals,
+)
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointReplacedError
 
@@ -95,6 +102,8 @@ class LoadRequest:
     planner: LoadPlanner
     progress: Callable[[Progress], None] | None = None
     """Called now and then with this rank's progress."""
+    read: Read = "auto"
+    """Whether ranks read together: see `shared_reading`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,8 @@ class _RankPlan:
     plan: LoadPlan
     may_misfit: bool
     """Whether any rank has values to judge before it fills."""
+    shares_reads: bool
+    """Whether the ranks may read together."""
 
 
 class Load:
@@ -126,6 +137,8 @@ class Load:
         self.first_conflict_s: float | None = None
         self.final: LoadPlan | None = None
         """The plan to carry out, once the planner has finished it."""
+        self.judged = False
+        """Whether everything that may not fit has been judged."""
 
     def run(self) -> LoadReport:
         """Load, with the result and errors of `load`."""
@@ -165,13 +178,15 @@ class Load:
 
     def _plan_and_read(self, team: Team, *, leased: bool) -> None:
         """One try, from top to bottom."""
-        self.final = None
+        self.final, self.judged = None, False
         with ExitStack() as lease:
             with self.phases.phase("plan", planning=True):
                 mine = self._plan_together(team, lease if leased else None)
             if self.all_open:
                 lease.close()
-            with self.phases.phase("read"):
+            with self.phases.phase("read"), ExitStack() as exchange:
+                if mine.shares_reads:
+                    self._share_reads(team, mine.plan, exchange)
                 if mine.may_misfit:
                     # No rank's state changes before all data that any rank reads is known to fit.
                     team.agree("read", lambda: self._judge(mine.plan))
@@ -193,11 +208,12 @@ class Load:
                 self.source.found_in(save_id),
                 idle_renames_of(self.planner),
                 self.source.may_misfit(local, takes_others=others),
+                self.source.wish(self.request.read, team.size),
             )
 
         if alone:
-            may_misfit = team.all_reduce("plan", plan, self._compare)
-            return _RankPlan(plans[0], may_misfit)
+            facts = team.all_reduce("plan", plan, self._compare)
+            return _RankPlan(plans[0], *facts)
         return _RankPlan(*team.reduce_scatter("plan", plan, self._make_global_plan))
 
     def _plan_alone(self, team: Team, lease: ExitStack | None) -> tuple[str | None, LoadPlan]:
@@ -218,39 +234,66 @@ class Load:
         arguments = {"checkpoint_id": self.source.place, "process_group": self.team.group}
         return CallEvents(step, arguments)
 
-    def _compare(self, rank_values: Sequence[Planned]) -> bool:
-        """On the coordinator: whether any rank may meet a misfit, once their facts agree."""
+    def _compare(self, rank_values: Sequence[Planned]) -> tuple[bool, bool]:
+        """On the coordinator, once the ranks' facts agree: whether any rank may meet a misfit, and
+        whether they read together."""
         with self._events("global_step"):
             self.found = [one.found for one in rank_values]
-            return check_together(rank_values)
+            may_misfit = check_together(rank_values)
+            return may_misfit, agree_on_sharing([one.sharing for one in rank_values])
 
-    def _make_global_plan(self, rank_values: list[Planned]) -> list[tuple[LoadPlan, bool]]:
+    def _make_global_plan(self, rank_values: list[Planned]) -> list[tuple[LoadPlan, bool, bool]]:
         """On the coordinator: each rank's plan, by the hooks that see the plans of all."""
-        may_misfit = self._compare(rank_values)
+        facts = self._compare(rank_values)
         plans = [one.plan for one in rank_values if one.plan is not None]
         global_plan = self.planner.create_global_plan(plans)
-        return [(plan, may_misfit) for plan in self.request.reader.prepare_global_plan(global_plan)]
+        return [(plan, *facts) for plan in self.request.reader.prepare_global_plan(global_plan)]
 
     # ---- read
 
+    def _share_reads(self, team: Team, plan: LoadPlan, exchange: ExitStack) -> None:
+        """Find out what this rank reads for others; `exchange` closes the connections to them."""
+        channel = exchange.enter_context(closing(team.open_byte_exchange()))
+        insist = self.request.read == "shared"
+
+        def offer() -> Offer:
+            wants = self.source.offer(
+                self._finish(plan), self.planner, self.capabilities, insist=insist
+            )
+            return Offer(wants, channel.token)
+
+        least_bytes = 1 if insist else WORTHWHILE_BYTES
+        deal = team.reduce_scatter("share", offer, lambda all_: make_deals(all_, least_bytes))
+        if deal is None:
+            exchange.close()
+        else:
+            self.source.share(team.rank, deal.share, channel)
+            team.agree("connect", lambda: channel.connect(deal.tokens))
+
+    def _finish(self, plan: LoadPlan) -> LoadPlan:
+        """The plan to carry out; the planner finishes it once."""
+        self.final = self.final or self.planner.finish_plan(plan)
+        return self.final
+
     def _judge(self, plan: LoadPlan) -> None:
-        self.final = self.planner.finish_plan(plan)
-        self.source.prepare(self.final, self.planner, self.capabilities)
+        self.source.prepare(self._finish(plan), self.planner, self.capabilities)
+        self.judged = True
 
     def _fill(self, plan: LoadPlan) -> None:
-        judged, self.final = self.final, None
-        final = judged or self.planner.finish_plan(plan)
+        final = self._finish(plan)
         with self._events("read_data"):
-            if judged is None:
+            if not self.judged:
                 self.source.prepare(final, self.planner, self.capabilities)
             self.source.read(final, self.planner)
+        self.final = None
 
     # ---- again
 
     def _may_repeat(self, error: StepError) -> bool:
         """Whether another try may succeed, and does no harm. The same on every rank."""
         causes = [cause for cause, _ in error.failures.values()]
-        return self.capabilities.may_repeat(has_read=error.step == "read") and all(
+        has_read = error.step in ("share", "connect", "read")
+        return self.capabilities.may_repeat(has_read=has_read) and all(
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )
 

@@ -1,0 +1,372 @@
+"""Bytes that several ranks want are read by one of them: `load(read="shared")`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+import pytest_dcp.checkpoint as dcp
+import pytest_dcp.properties as props
+from pytest_dcp._engine.coordinate import StepError
+from pytest_dcp._engine.io import bucket_reading
+from pytest_dcp._harness.rank.world_fixture import RankWorld
+from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from support import object_store
+from support.object_store import requests, settle
+from support.states import (
+    DISABLED,
+    blank,
+    numbered,
+    same,
+    spread,
+    torch_dcp,
+    without_warnings,
+)
+from support.storages import FolderReader, FolderWriter
+from support.unsynced import UNSYNCED
+
+pytestmark = [
+    pytest.mark.world_size(4, isolation="module"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+URL = f"{object_store.PROTOCOL}://runs/last"
+Layout = tuple[Placement, ...]
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Layout]] = {
+    "replicated": ((4,), (Replicate(),)),
+    "hsdp": ((2, 2), (Replicate(), Shard(0))),
+    "hsdp by columns": ((2, 2), (Replicate(), Shard(1))),
+    "rows": ((4,), (Shard(0),)),
+    "columns": ((4,), (Shard(1),)),
+}
+
+
+def mesh_of(sizes: tuple[int, ...]) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes)
+
+
+def laid_out(layout: str) -> dict[str, Any]:
+    """Tensors in a layout, and data that is the same on all ranks."""
+    sizes, placements = LAYOUTS[layout]
+    mesh = mesh_of(sizes)
+    return {
+        "large": spread(numbered(700, 1000), mesh, *placements),
+        "odd": spread(numbered(13, 7, 3, dtype=torch.float64), mesh, *placements),
+        "half": spread(numbered(64, 33, dtype=torch.bfloat16), mesh, *placements),
+        "plain": numbered(300, 5),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 3),
+        "many": {str(n): numbered(5, start=n) for n in range(40)},
+        "value": {"text": "x" * 1000, "list": [1, 2.5, None]},
+    }
+
+
+def shared(state: dict[str, Any], **where: Any) -> tuple[dict[str, Any], Any]:
+    """What a shared load puts in a state like this one, and its report."""
+    target: dict[str, Any] = blank(state)
+    report = dcp.load(target, read="shared", **where)
+    return target, report
+
+
+@pytest.fixture
+def store(checkpoint_dir: Path) -> Path:
+    """The root of an empty object store that all ranks share."""
+    settle(checkpoint_dir)
+    return checkpoint_dir
+
+
+def bytes_fetched(store: Path) -> int:
+    """Bytes of data files that the ranks have fetched, since the last look."""
+    dist.barrier()
+    fetched = sum(size for what, name, *sizes in requests(store) for size in sizes
+                  if what == "get" and name.endswith(".distcp"))  # fmt: skip
+    dist.barrier()
+    return fetched
+
+
+def bytes_stored(store: Path) -> int:
+    return sum(path.stat().st_size for path in (store / "objects").glob("*.distcp"))
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("of", ["replicated", "hsdp", "rows", "columns"])
+def test_loads_the_same_bits_in_any_layout(checkpoint_dir: Path, of: str, to: str) -> None:
+    dcp.save(laid_out(of), checkpoint_id=checkpoint_dir)
+    wanted = laid_out(to)
+    loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir)
+    assert same(loaded, wanted)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "hsdp"])
+def test_each_stored_byte_is_read_once(store: Path, layout: str) -> None:
+    wanted = laid_out(layout)
+    dcp.save(wanted, storage_writer=FsspecWriter(URL, root=str(store)))
+    loaded, _ = shared(wanted, storage_reader=FsspecReader(URL, root=str(store)))
+    assert same(loaded, wanted)
+    assert bytes_fetched(store) / bytes_stored(store) == pytest.approx(1.00, abs=0.01)
+
+
+def test_auto_shares_in_a_store_and_local_reads_all_on_each_rank(store: Path) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, storage_writer=FsspecWriter(URL, root=str(store)))
+    reads = {}
+    for read in ("auto", "local"):
+        before, target = bytes_fetched(store), blank(wanted)
+        dcp.load(target, storage_reader=FsspecReader(URL, root=str(store)), read=read)
+        assert same(target, wanted)
+        reads[read] = (bytes_fetched(store) - before) / bytes_stored(store)
+    assert reads == pytest.approx({"auto": 1.0, "local": 4.0}, abs=0.02)
+
+
+def test_auto_shares_nothing_on_a_local_disk_nor_where_little_is_wanted_twice(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_reading.BucketReader, "__init__", refuse_buckets)
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=store / "local")
+    target = blank(wanted)
+    dcp.load(target, checkpoint_id=store / "local")
+    assert same(target, wanted)
+    wanted = laid_out("rows")
+    dcp.save(wanted, storage_writer=FsspecWriter(URL, root=str(store)))
+    target = blank(wanted)
+    dcp.load(target, storage_reader=FsspecReader(URL, root=str(store)))
+    assert same(target, wanted)
+
+
+def refuse_buckets(*_: object) -> None:
+    raise AssertionError("a bucket was to be read")
+
+
+def test_the_reports_of_all_ranks_count_each_byte_once(checkpoint_dir: Path) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    _, report = shared(wanted, checkpoint_id=checkpoint_dir)
+    counts = torch.tensor([report.bytes_read, report.bytes_verified, report.bytes_needed])
+    dist.all_reduce(counts)
+    assert counts.tolist() == [report.bytes_needed, report.bytes_needed, 4 * report.bytes_needed]
+
+
+def test_progress_reaches_the_whole_on_each_rank(checkpoint_dir: Path) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    seen = []
+    dcp.load(blank(wanted), checkpoint_id=checkpoint_dir, read="shared", progress=seen.append)
+    assert seen[-1].done_bytes == seen[-1].total_bytes > 2_800_000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torchs_checkpoints_are_shared(checkpoint_dir: Path, layout: str) -> None:
+    torch_dcp.save(laid_out("hsdp"), checkpoint_id=checkpoint_dir)
+    wanted = laid_out(layout)
+    loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir)
+    assert same(loaded, wanted)
+
+
+def test_tensors_that_torch_stored_column_by_column(checkpoint_dir: Path) -> None:
+    stored = {"w": numbered(300, 200).T, "b": numbered(300)}
+    torch_dcp.save(stored, checkpoint_id=checkpoint_dir)
+    loaded, _ = shared({"w": numbered(200, 300), "b": numbered(300)}, checkpoint_id=checkpoint_dir)
+    assert same(loaded, {"w": stored["w"].contiguous(), "b": stored["b"]})
+
+
+@pytest.mark.parametrize("layout", ["replicated", "hsdp by columns"])
+def test_hugging_face_folders_are_shared(checkpoint_dir: Path, rank: int, layout: str) -> None:
+    whole = {"w": numbered(300, 200), "b": numbered(17).half()}
+    if rank == 0:
+        writer = dcp.HuggingFaceStorageWriter(str(checkpoint_dir))
+        with without_warnings(DISABLED):
+            dcp.save(whole, storage_writer=writer, no_dist=True)
+    dist.barrier()
+    sizes, placements = LAYOUTS[layout]
+    wanted = {"w": spread(whole["w"], mesh_of(sizes), *placements), "b": whole["b"]}
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint_dir))
+    loaded, report = shared(wanted, storage_reader=reader)
+    assert same(loaded, wanted)
+    read = torch.tensor(report.bytes_read)
+    dist.all_reduce(read)
+    assert read == 300 * 200 * 4 + 17 * 2
+
+
+def test_compressed_entries_are_read_once_and_decoded_by_each(store: Path) -> None:
+    extension = pytest.importorskip("torch.distributed.checkpoint._extension")
+    pytest.importorskip("zstandard")
+    wanted = laid_out("replicated")
+    extensions = [extension.ZStandard()]
+    writer = FsspecWriter(URL, root=str(store), _extensions=extensions)
+    dcp.save(wanted, storage_writer=writer)
+    loaded, _ = shared(wanted, storage_reader=FsspecReader(URL, root=str(store)))
+    assert same(loaded, wanted)
+    # torch's metadata says nothing of the data in a compressed entry: each rank looks at its start.
+    assert bytes_fetched(store) / bytes_stored(store) == pytest.approx(1.00, abs=0.05)
+
+
+class TransformingPlanner(dcp.DefaultLoadPlanner):
+    """Fills buffers of its own."""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return torch.zeros(read_item.lengths, dtype=torch.float64)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        place = self.lookup_tensor(read_item.dest_index)
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            place = place.narrow(dim, start, length)
+        place.copy_(tensor * 2)
+
+
+def test_a_planner_with_hooks_of_its_own_is_asked_as_always(checkpoint_dir: Path) -> None:
+    dcp.save({"w": numbered(300, 200), "n": 5}, checkpoint_id=checkpoint_dir)
+    target = {"w": torch.zeros(300, 200), "n": 0}
+    dcp.load(target, checkpoint_id=checkpoint_dir, planner=TransformingPlanner(), read="shared")
+    assert same(target, {"w": numbered(300, 200) * 2, "n": 5})
+
+
+def test_other_dtypes_and_strided_targets(checkpoint_dir: Path) -> None:
+    dcp.save({"w": numbered(301, 200), "v": numbered(77, 3)}, checkpoint_id=checkpoint_dir)
+    target = {"w": torch.zeros(200, 301).T, "v": torch.zeros(77, 3, dtype=torch.float64)}
+    dcp.load(target, checkpoint_id=checkpoint_dir, strict=False, read="shared")
+    assert torch.equal(target["w"], numbered(301, 200))
+    assert torch.equal(target["v"], numbered(77, 3, dtype=torch.float64))
+
+
+def test_bytes_that_one_rank_wants_beside_those_it_shares(checkpoint_dir: Path, rank: int) -> None:
+    """Rank 1 wants the second quarter of a tensor, rank 2 all of it."""
+    full = numbered(3000, 1000)
+    dcp.save({"w": full}, checkpoint_id=checkpoint_dir)
+    quarter = spread(full, mesh_of((4,)), Shard(0))
+    wanted: dict[str, Any] = {1: {"w": quarter}, 2: {"w": full}}.get(rank, {})
+    loaded, report = shared(wanted, checkpoint_id=checkpoint_dir)
+    assert same(loaded, wanted)
+    counts = torch.tensor(report.bytes_read)
+    dist.all_reduce(counts)
+    assert counts == full.nbytes
+
+
+def test_ranks_that_have_different_keys(checkpoint_dir: Path, rank: int) -> None:
+    dcp.save({f"t{n}": numbered(500, 400, start=n) for n in range(6)}, checkpoint_id=checkpoint_dir)
+    target = {f"t{n}": torch.zeros(500, 400) for n in range(6) if n % 3 != rank}
+    dcp.load(target, checkpoint_id=checkpoint_dir, read="shared")
+    assert same(target, {f"t{n}": numbered(500, 400, start=n) for n in range(6) if n % 3 != rank})
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    state=props.state_dicts(),
+    saved=props.arrangements(world_size=4),
+    loaded=props.arrangements(world_size=4),
+)
+def test_any_layout_is_loaded_in_any_other(
+    state: props.StateSpec, saved: Any, loaded: Any, checkpoint_dir: Path
+) -> None:
+    props.assert_round_trip(state.on(*saved), state.on(*loaded), checkpoint_dir, dcp=Sharing())
+
+
+class Sharing:
+    """The engine, with loads that share."""
+
+    save = staticmethod(UNSYNCED.save)
+
+    @staticmethod
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return dcp.load(*args, **kwargs, read="shared")
+
+
+# Misuse and failures.
+
+
+def test_damage_that_one_rank_reads_fails_all_with_the_files_name(
+    checkpoint_dir: Path, rank: int
+) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    if rank == 0:
+        file = max(checkpoint_dir.glob("*.distcp"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    with pytest.raises(CheckpointException, match=r"the checksum .*\.distcp'") as caught:
+        shared(wanted, checkpoint_id=checkpoint_dir)
+    assert len(caught.value.failures) == 1
+    assert torch.equal(torch.tensor(list(caught.value.failures)), agreed(caught.value.failures))
+
+
+def agreed(failures: Any) -> torch.Tensor:
+    """Rank 0's."""
+    ranks = torch.tensor(list(failures))
+    dist.broadcast(ranks, 0)
+    return ranks
+
+
+def test_a_load_after_a_failed_one_is_as_good_as_new(checkpoint_dir: Path, rank: int) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    wrong = wanted | {"plain": torch.zeros(2)} if rank == 2 else wanted
+    with pytest.raises(CheckpointException, match="for plain"):
+        shared(wrong, checkpoint_id=checkpoint_dir)
+    loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir)
+    assert same(loaded, wanted)
+
+
+def test_a_value_that_does_not_fit_changes_no_target(checkpoint_dir: Path, rank: int) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    target = blank(wanted)
+    target["value"] = torch.zeros(3) if rank == 1 else target["value"]
+    with pytest.raises(CheckpointException, match="'value"):
+        dcp.load(target, checkpoint_id=checkpoint_dir, read="shared")
+    assert same(target["plain"], blank(wanted)["plain"])
+
+
+def test_an_unknown_word_and_a_reader_that_reads_in_its_own_way_are_refused(
+    checkpoint_dir: Path,
+) -> None:
+    state = {"w": torch.zeros(3)}
+    dcp.save(state, storage_writer=FolderWriter(checkpoint_dir))
+    with pytest.raises(ValueError, match=r"'auto', 'local' or 'shared', got 'once'"):
+        dcp.load(state, checkpoint_id=checkpoint_dir, read="once")  # type: ignore[arg-type]
+    dist.barrier()
+    with pytest.raises(ValueError, match="FolderReader reads in its own way"):
+        dcp.load(state, storage_reader=FolderReader(checkpoint_dir), read="shared")
+    dist.barrier()
+    dcp.load(state, storage_reader=FolderReader(checkpoint_dir), read="auto")
+
+
+def test_ranks_that_differ_in_read_are_refused(checkpoint_dir: Path, rank: int) -> None:
+    state = {"w": torch.zeros(3)}
+    dcp.save(state, checkpoint_id=checkpoint_dir)
+    with pytest.raises(CheckpointException, match=r"'shared' on ranks 0,2, 'local' on ranks 1,3"):
+        dcp.load(state, checkpoint_id=checkpoint_dir, read="local" if rank % 2 else "shared")
+
+
+def test_alone_a_rank_shares_with_no_other(checkpoint_dir: Path) -> None:
+    wanted = {"w": numbered(5)}
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    with without_warnings(DISABLED):
+        loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir, no_dist=True)
+    assert same(loaded, wanted)
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_after_its_first_bucket_fails_all_others(
+    world: RankWorld, rank: int, checkpoint_dir: Path, victim: int
+) -> None:
+    wanted = {"w": numbered(4000, 1000)}
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    world.kill(victim, at="pytest_dcp._engine.io.bucket_reading:BucketReader.release")
+    with pytest.raises(StepError, match=rf"rank {victim} .*ended in step 'read'") as caught:
+        shared(wanted, checkpoint_id=checkpoint_dir)
+    assert set(caught.value.failures) == {victim}
