@@ -1,4 +1,4 @@
-"""The commands: `ls`, `show`, `verify`, `diff`; `convert`, `reshard` and `bisect` are beside them.
+"""The commands: `ls`, `show`, `verify`, `diff`, `convert`; the others are beside them.
 
 Each opens its checkpoints, calls the engine, and prints the result.
 
@@ -33,6 +33,7 @@ from pytest_dcp._cli.layout_page.command import write_page
 from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.reshard_command import reshard
+from pytest_dcp._cli.run_commands import clean_run, list_steps, print_latest, prune_run
 from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
 from pytest_dcp._cli.wrapper_texts import describe_wrapper, print_wrapper
 from pytest_dcp._engine.io.checked_ranges import Verify
@@ -48,8 +49,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look into checkpoints, check, compare and convert them. `pytest-dcp run SCRIPT` runs a "
     "program that uses torch.distributed.checkpoint on pytest_dcp's engine.",
-    epilog="Exit codes: 0 fine; 1 differences or problems were found, or bisect found no step; "
-    "2 refused, one line on stderr says why; 130 interrupted.",
+    epilog="Exit codes: 0 fine; 1 differences or problems were found, or bisect or latest "
+    "found no step; 2 refused, one line on stderr says why; 130 interrupted.",
 )
 SHOWN = 20
 """Differences in a terminal."""
@@ -222,6 +223,10 @@ def diff(
 app.command("convert")(convert)
 app.command("reshard")(reshard)
 app.command("bisect")(bisect)
+app.command("latest")(print_latest)
+app.command("steps")(list_steps)
+app.command("prune")(prune_run)
+app.command("gc")(clean_run)
 
 
 def _describe_checkpoint(checkpoint: OpenCheckpoint) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel, find_problem
 from pytest_dcp._engine.steps.retention import RetentionPolicy
 from pytest_dcp._engine.steps.run_place import RunPlace
@@ -17,6 +19,9 @@ from pytest_dcp._engine.steps.step_folders import step_name
 from pytest_dcp.errors import CheckpointExistsError
 
 ASIDE = "not-whole"
+STORE_THREADS = 16
+"""Steps of a store that are looked at together: each costs some requests, and waits for them. Local
+files are in memory; there the time is Python's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,14 @@ class Step:
     """When its save began, by the coordinator's clock."""
     problem: str | None
     """Why it is not whole; None if it is."""
-    is_verified: bool
-    """Whether this process has checked every byte of it."""
+    checked: ListLevel | None
+    """The closest test that this process has seen it pass: "names" (it has an index), "sizes" or
+    "checksums"; None if it is not whole."""
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether this process has checked every byte of it."""
+        return self.checked == "checksums"
 
     @property
     def is_whole(self) -> bool:
@@ -55,8 +66,14 @@ class KnownSteps:
 
     def list_steps(self, check: ListLevel | None) -> list[Step]:
         """All steps, whole or not, ascending."""
-        found = [self.look_at(step, check) for step in self.folders.numbers()]
+        jobs = [partial(self._look_at_one, step, check) for step in self.folders.numbers()]
+        is_local = isinstance(self.folders.root.disk, LocalDisk)
+        found = run_all(jobs, 1 if is_local else STORE_THREADS)
         return [step for step in found if step.is_whole or not self.folders.is_gone(step.number)]
+
+    def _look_at_one(self, step: int, check: ListLevel | None, stop: StopFlag) -> Step:
+        stop.check()
+        return self.look_at(step, check)
 
     def is_news(self, step: int, problem: str) -> bool:
         """Whether this is the first time that this problem of the step is mentioned."""
@@ -79,14 +96,23 @@ class KnownSteps:
         self._found_whole.pop(step, None)
         self._verified.discard(step)
 
-    def remove_old(self, keep_last: int) -> None:
-        """Remove the steps that no rule keeps; ends removals that a crash has interrupted."""
-        for number in self.policy.steps_to_remove(self._find_whole(keep_last)):
-            if self.look_at(number, None).is_whole:
-                self.remove(number)
+    def remove_old(self, keep_last: int) -> list[int]:
+        """Remove the steps that no rule keeps; returns their numbers.
 
-    def _find_whole(self, keep_last: int) -> dict[int, Mapping[str, float]]:
-        """The whole steps that the rules are about, with their metrics; ends begun removals.
+        Ends removals that a crash has interrupted.
+        """
+        chosen = self.policy.steps_to_remove(self._find_whole(keep_last, ends_removals=True))
+        removed = [number for number in chosen if self.look_at(number, None).is_whole]
+        for number in removed:
+            self.remove(number)
+        return removed
+
+    def steps_to_remove(self, keep_last: int) -> list[int]:
+        """The steps that `remove_old` would remove."""
+        return self.policy.steps_to_remove(self._find_whole(keep_last, ends_removals=False))
+
+    def _find_whole(self, keep_last: int, *, ends_removals: bool) -> dict[int, Mapping[str, float]]:
+        """The whole steps that the rules are about, with their metrics.
 
         The newest `keep_last` are looked at anew. The others are looked at once in a process, and
         not at all if they are kept whatever they are: a run may have thousands.
@@ -98,7 +124,7 @@ class KnownSteps:
             if len(whole) < keep_last or number not in self._found_whole:
                 step = self.look_at(number, None)
                 if not step.is_whole:
-                    if self.folders.is_half_removed(number):
+                    if ends_removals and self.folders.is_half_removed(number):
                         self.remove(number)
                     continue
                 self._found_whole[number] = step.metrics
@@ -136,8 +162,10 @@ class KnownSteps:
         if problem is not None and self.folders.is_half_removed(number):
             problem = "its removal has not ended"
         notes = self.folders.notes(number)
-        verified = problem is None and number in self._verified
-        return Step(number, notes.metrics, notes.saved_at, problem, verified)
+        checked: ListLevel | None = None
+        if problem is None:
+            checked = "checksums" if number in self._verified else level
+        return Step(number, notes.metrics, notes.saved_at, problem, checked)
 
     def require_after_newest(self, step: int) -> None:
         """Raise CheckpointExistsError unless the step is after the newest whole one."""
