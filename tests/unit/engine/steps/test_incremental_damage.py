@@ -15,6 +15,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.block_hashes import ATTRIBUTE, BlockHashes
 from pytest_dcp._engine.steps import block_hash
+from pytest_dcp._engine.steps.link_files import link_files
 from pytest_dcp.checkpoint import CheckpointManager
 from pytest_dcp.faults import FaultyStorage, NoSpace
 from support.incremental_runs import (
@@ -124,6 +125,22 @@ def test_a_link_out_of_the_earlier_step_is_not_followed(root: Path, tmp_path: Pa
         manager.save(2, mostly_frozen(2))
     assert path.name not in data_files(root, 2)
     assert_holds(folder_of(root, 2), mostly_frozen(2))
+
+
+def test_only_plain_files_that_are_long_enough_are_linked(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for name in ("plain", "short", "taken"):
+        (source / name).write_bytes(b"12345")
+    (source / "symlink").symlink_to(source / "plain")
+    os.mkfifo(source / "fifo")
+    (source / "folder").mkdir()
+    (target / "taken").write_bytes(b"of this folder")
+    needed = dict.fromkeys(("plain", "taken", "symlink", "fifo", "folder", "missing"), 5)
+    assert link_files(needed | {"short": 6}, source, target) == ["plain"]
+    assert sorted(path.name for path in target.iterdir()) == ["plain", "taken"]
+    assert (target / "taken").read_bytes() == b"of this folder"
 
 
 def rewrite_index(folder: Path, edit: Any) -> None:
