@@ -27,8 +27,9 @@ blocks that are as before go into a new file of their own, apart from changing o
 keeps more than twice its own bytes on disk, and what never changes is copied once at most. A step
 refers to at most `MOST_FILES` of them for each rank, so a folder does not fill with small files.
 
-Assumes that the state does not change while it is saved, as any save does. With stream transforms,
-safetensors entries, or a commit by each rank alone, every block is written, without hashes.
+Assumes that the state does not change while it is saved, as any save does. Every block is written,
+without hashes, through stream transforms, in safetensors entries, in a commit by each rank alone,
+and by a rank that lacks the coordinator's hash function.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ from pytest_dcp._engine.steps.block_matches import (
 from pytest_dcp._engine.steps.earlier_blocks import EarlierBlocks, EarlierStep, linkable_files
 from pytest_dcp._engine.steps.link_files import NoHardLinksError, link_files
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp.errors import PlanError
 from pytest_dcp.tracebacks import warn_caller
 
 
@@ -82,16 +82,11 @@ class IncrementalWriter(FileSystemWriter):
         earlier: EarlierStep | None,
         **options: Any,
     ) -> None:
-        """hash_name: the function to hash with, the same on every rank: see `block_hash`.
+        """hash_name: the function to hash with, the coordinator's best: see `block_hash`.
         earlier: the step to refer to, hashed with it; None: every block is written.
         options: of `FileSystemWriter`.
         """
         super().__init__(path, **options)
-        if hash_name not in HASH_MAKERS:
-            raise PlanError(
-                f"rank 0 hashes the blocks of {path} with {hash_name!r}, which is not installed "
-                f"here (this process has {', '.join(HASH_MAKERS)}): all ranks need it, or none"
-            )
         self.hash_name = hash_name
         self.earlier = earlier
         self._linked_names: list[str] = []
@@ -148,8 +143,7 @@ class IncrementalWriter(FileSystemWriter):
         return super().write_data(plan, planner)
 
     def _write_request(self, request: WriteRequest, items: Sequence[WriteItem]) -> WriteColumns:
-        torch_save = self.serialization_format == SerializationFormat.TORCH_SAVE
-        if not (torch_save and request.settings.is_plain and self.use_collectives):
+        if not self._has_hashes(request):
             return super()._write_request(request, items)
         blocks = self._open_earlier(request.folder)
         matches = BlockMatches() if blocks is None else find_matches(request, blocks)
@@ -167,6 +161,18 @@ class IncrementalWriter(FileSystemWriter):
         rows = sorted(row for job in jobs for row in job.rows)
         whole = join_columns(written, rows, used, blocks)
         return replace(whole, digests=digest_table(matches.digests, len(items)))
+
+    def _has_hashes(self, request: WriteRequest) -> bool:
+        torch_save = self.serialization_format == SerializationFormat.TORCH_SAVE
+        if not (torch_save and request.settings.is_plain and self.use_collectives):
+            return False
+        if self.hash_name not in HASH_MAKERS:
+            warn_caller(
+                f"this rank's part of {self.path} is saved in full, as the next will be: rank 0 "
+                f"hashes with {self.hash_name!r}, which is not installed here"
+            )
+            return False
+        return True
 
     def _open_earlier(self, folder: Folder) -> EarlierBlocks | None:
         index = None if self.earlier is None else self.earlier.read_index()

@@ -1,5 +1,5 @@
-"""After a crash at any instant of an incremental run, its newest whole step is there, and every step
-that is whole has its own values: every state of the folder is tried.
+"""After a crash at any instant of an incremental run its newest whole step is there, and each whole
+step has its own values: every state of the folder is tried.
 
 About 1,500 states of five operations under four models.
 """
@@ -133,7 +133,9 @@ def test_each_whole_step_has_its_values(case: str, model: str) -> None:
                 assert_has_values(root / EXPORTED, 3)
 
 
-@pytest.mark.parametrize("case", ["background save that removes two", "save over a step that is not whole"])
+@pytest.mark.parametrize(
+    "case", ["background save that removes two", "save over a step that is not whole"]
+)
 def test_an_incremental_run_saves_on_after_a_crash(case: str) -> None:
     for state in states_of(case, "posix")[::12]:
         with state.restored() as root, warnings.catch_warnings():
