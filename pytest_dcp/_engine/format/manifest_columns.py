@@ -2,7 +2,7 @@
 
 Enters and leaves: a catalog and its bytes. The bytes, all numbers little-endian:
 
-    magic (8), length of the header (8), the header in JSON, then the columns of `_COLUMNS` in that
+    magic (8), length of the header (8), the header in JSON, then the columns of `COLUMNS` in that
     order, each at the next multiple of 8, then, if the header says so, further attributes of the
     Metadata (see `further_fields`), and nothing after them.
 
@@ -51,7 +51,7 @@ Two ranks have saved halves of a 4x2 tensor `w`, each in its own file:
 
 The magic, the header's length, and the header:
 
->>> magic, length = _HEAD.unpack_from(data)
+>>> magic, length = HEAD.unpack_from(data)
 >>> magic, json.loads(data[16 : 16 + length])["counts"]["chunks"]
 (b'\\x89DCPcat\\n', 2)
 
@@ -71,21 +71,19 @@ The way back needs no pickle, since the manifest holds everything:
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata
 
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import (
-    MAX_DIMS,
     check_catalog,
+    check_chunks,
     check_files,
+    check_groups,
     check_keys,
 )
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
@@ -98,8 +96,18 @@ from pytest_dcp._engine.format.manifest_header import (
     read_properties,
     read_transforms,
 )
+from pytest_dcp._engine.format.manifest_layout import (
+    CHUNK_COLUMNS,
+    COLUMNS,
+    HEAD,
+    Columns,
+    check_counts,
+    locate_columns,
+    view_columns,
+)
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
 from pytest_dcp._engine.plan import packed_names
+from pytest_dcp._engine.plan.column_table import ColumnTable
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -107,37 +115,6 @@ MAGIC = b"\x89DCPcat\n"
 """Like PNG's: it is not text, and any conversion of line ends damages it."""
 MAX_HEADER_BYTES = 1 << 24
 """The header's JSON takes about 20 times its length in memory."""
-_HEAD = struct.Struct("<8sQ")
-_COLUMNS = (
-    # name, dtype, rows, columns (None: one-dimensional); counts are the header's
-    ("fqns", "<u1", "fqn_bytes", None),
-    ("property_of", "<i4", "keys", None),
-    ("ndim", "<i2", "keys", None),
-    ("size", "<i8", "keys", "rank"),
-    ("first", "<i8", "key_ends", None),
-    ("offset", "<i8", "chunks", "rank"),
-    ("shape", "<i8", "chunks", "rank"),
-    ("files", "<u1", "file_bytes", None),
-    ("file", "<i4", "chunks", None),
-    ("start", "<i8", "chunks", None),
-    ("length", "<i8", "chunks", None),
-    ("data_start", "<i8", "chunks", None),
-    ("data_nbytes", "<i8", "chunks", None),
-    ("first_sum", "<i8", "chunk_ends", None),
-    ("sums", "<u4", "sums", None),
-    ("transform_of", "<i4", "transformed", None),
-    ("path_forms", "<i4", "pathed", None),
-    ("paths", "<u1", "path_bytes", None),
-)
-_COUNTS = (
-    *("keys", "chunks", "rank", "sums", "transformed", "pathed"),
-    *("fqn_bytes", "file_bytes", "path_bytes"),
-)
-CHUNK_COLUMNS = frozenset(
-    name for name, _, rows, _ in _COLUMNS if rows in ("chunks", "chunk_ends", "sums")
-)
-"""Those that take most of the manifest of a large job."""
-Columns = Mapping[str, NDArray[Any]]
 
 
 def encode(catalog: Catalog) -> bytes:
@@ -174,7 +151,7 @@ def encode_pieces(catalog: Catalog) -> Iterator[bytes | memoryview]:
             f"expected a manifest's header of at most {MAX_HEADER_BYTES} bytes, got {len(text)}: "
             "transforms, properties or the modules of storage_meta are too many"
         )
-    yield _HEAD.pack(MAGIC, len(text))
+    yield HEAD.pack(MAGIC, len(text))
     yield from _pad(text)
     yield from _encode_columns(columns)
     yield from _pad(further)
@@ -193,10 +170,10 @@ def decode(
             counts from the buffer's start.
     """
     header, start = _header(buffer, limit)
-    counts = _checked_counts(header, len(buffer))
-    spans, end = _locate_columns(start, counts, len(buffer))
+    counts = check_counts(header, len(buffer))
+    spans, end = locate_columns(start, counts, len(buffer))
     further = _further(header, buffer, end)
-    catalog = _catalog(header, _view_columns(buffer, spans, counts), whole, further)
+    catalog = _catalog(header, view_columns(buffer, spans, counts), whole, further)
     check_catalog(catalog)
     return catalog
 
@@ -209,6 +186,8 @@ class OpenedManifest:
     """All but these columns is read and checked. They are views of the buffer, as it will be."""
     spans: Mapping[str, tuple[int, int]]
     """Where each column begins and ends in the buffer."""
+    counts: Mapping[str, int]
+    """Of the header."""
 
 
 def open_keys(
@@ -221,22 +200,49 @@ def open_keys(
 
     Raises CheckpointCorruptError as `decode` does.
     """
-    fill_range(0, min(_HEAD.size, len(buffer)))
+    fill_range(0, min(HEAD.size, len(buffer)))
     fill_range(0, _header_end(buffer))
     header, start = _header(buffer, limit)
-    counts = _checked_counts(header, len(buffer))
-    spans, end = _locate_columns(start, counts, len(buffer))
+    counts = check_counts(header, len(buffer))
+    spans, end = locate_columns(start, counts, len(buffer))
     if counts["transformed"] or _further(header, buffer, end) or _is_in_pickle(header):
         return None
     for name, (at, stop) in spans.items():
         if name not in CHUNK_COLUMNS:
             fill_range(at, stop)
-    columns = _view_columns(buffer, spans, counts)
+    columns = view_columns(buffer, spans, counts)
     # Each path is checked when it is made: to check all would take longer than all else here.
     catalog = _catalog(header, columns, _refuse_pickle, check_paths=False)
     check_keys(catalog.index)
     check_files(catalog.places)
-    return OpenedManifest(catalog, spans)
+    return OpenedManifest(catalog, spans, counts)
+
+
+def decode_chunks(buffer: memoryview, opened: OpenedManifest) -> Catalog:
+    """The catalog of a manifest whose keys have been opened; the buffer has all of its bytes.
+
+    Raises CheckpointCorruptError if a chunk breaks a rule.
+    """
+    columns = view_columns(buffer, opened.spans, opened.counts)
+    catalog = opened.catalog
+    catalog = replace(
+        catalog,
+        index=_with_chunks(catalog.index, columns),
+        places=_with_chunks(catalog.places, columns),
+    )
+    check_groups(catalog.places.first_sum, len(catalog.places.sums), "sums")
+    check_chunks(catalog)
+    return catalog
+
+
+Table = TypeVar("Table", bound=ColumnTable)
+
+
+def _with_chunks(table: Table, columns: Columns) -> Table:
+    names = CHUNK_COLUMNS.intersection(table.column_names())
+    keys: Any = table
+    chosen: Table = replace(keys, **{name: columns[name] for name in names})
+    return chosen
 
 
 # ---- writing
@@ -257,7 +263,7 @@ def _counts(columns: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _encode_columns(columns: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
-    for name, dtype, _, _ in _COLUMNS:
+    for name, dtype, _, _ in COLUMNS:
         column = columns[name]
         if not isinstance(column, bytes):
             column = np.ascontiguousarray(column, dtype).reshape(-1).view(np.uint8).data
@@ -273,12 +279,12 @@ def _pad(piece: bytes | memoryview) -> tuple[bytes | memoryview, bytes]:
 
 def _header_end(buffer: memoryview) -> int:
     """Where the header's text ends; it begins after the magic and its length."""
-    if len(buffer) < _HEAD.size:
+    if len(buffer) < HEAD.size:
         raise CheckpointCorruptError(f"expected a manifest, got {len(buffer)} bytes", offset=0)
-    magic, length = _HEAD.unpack_from(buffer)
+    magic, length = HEAD.unpack_from(buffer)
     if magic != MAGIC:
         raise CheckpointCorruptError(f"expected a manifest's {MAGIC!r}, got {magic!r}", offset=0)
-    end: int = _HEAD.size + length
+    end: int = HEAD.size + length
     if end > len(buffer) or length > MAX_HEADER_BYTES:
         raise CheckpointCorruptError(
             f"expected a header within {min(len(buffer), MAX_HEADER_BYTES)} bytes, got {length}",
@@ -290,69 +296,17 @@ def _header_end(buffer: memoryview) -> int:
 def _header(buffer: memoryview, limit: MemoryLimit) -> tuple[dict[str, Any], int]:
     """The header and where the columns start."""
     end = _header_end(buffer)
-    text = bytes(buffer[_HEAD.size : end])
+    text = bytes(buffer[HEAD.size : end])
     limit.check("a header", estimate_json_bytes(text), len(text))
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(
-            f"expected a header in JSON, got {error!r:.200}", offset=_HEAD.size
+            f"expected a header in JSON, got {error!r:.200}", offset=HEAD.size
         ) from None
     if not isinstance(header, dict):
-        raise CheckpointCorruptError("expected a header with names", offset=_HEAD.size)
+        raise CheckpointCorruptError("expected a header with names", offset=HEAD.size)
     return header, end + -end % 8
-
-
-def _checked_counts(header: Mapping[str, Any], most: int) -> dict[str, int]:
-    """The header's counts, and the counts that follow from them."""
-    counts = header.get("counts")
-    if not isinstance(counts, dict) or counts.keys() != set(_COUNTS):
-        raise CheckpointCorruptError(f"expected the counts {', '.join(_COUNTS)}", offset=_HEAD.size)
-    for name, count in counts.items():
-        limit = MAX_DIMS if name == "rank" else most
-        if type(count) is not int or not 0 <= count <= limit:
-            raise CheckpointCorruptError(
-                f"expected 0 to {limit} as count of {name}, got {count!r:.80}", offset=_HEAD.size
-            )
-    keys, chunks = counts["keys"], counts["chunks"]
-    if counts["transformed"] not in (0, chunks) or counts["pathed"] not in (0, keys):
-        raise CheckpointCorruptError("expected a row for each chunk and key", offset=_HEAD.size)
-    return {**counts, "key_ends": keys + 1, "chunk_ends": chunks + 1}
-
-
-def _locate_columns(
-    start: int, counts: Mapping[str, int], most: int
-) -> tuple[dict[str, tuple[int, int]], int]:
-    """Where each column begins and ends, as follows from the counts, and where the last one's
-    padding ends."""
-    spans: dict[str, tuple[int, int]] = {}
-    at = start
-    for name, kind, rows, width in _COLUMNS:
-        shape = (counts[rows],) if width is None else (counts[rows], counts[width])
-        end = at + prod(shape) * np.dtype(kind).itemsize
-        if end > most:
-            raise CheckpointCorruptError(
-                f"expected column {name} of {shape} within {most} bytes, got it up to {end}",
-                offset=at,
-            )
-        spans[name] = at, end
-        at = end + -end % 8
-    return spans, at
-
-
-def _view_columns(
-    buffer: memoryview, spans: Mapping[str, tuple[int, int]], counts: Mapping[str, int]
-) -> Columns:
-    """The columns as read-only views of the buffer."""
-    found: dict[str, NDArray[Any]] = {}
-    for name, kind, rows, width in _COLUMNS:
-        start, end = spans[name]
-        column = np.frombuffer(buffer[start:end], kind)
-        if width is not None:
-            column = column.reshape(counts[rows], counts[width])
-        column.flags.writeable = False
-        found[name] = column
-    return found
 
 
 def _further(header: Mapping[str, Any], buffer: memoryview, start: int) -> memoryview:

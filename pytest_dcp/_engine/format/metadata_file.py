@@ -153,17 +153,20 @@ def open_pages(
     start, length = trailer.manifest_start, trailer.manifest_length
     limit.check("a pickle and a manifest", size, stored_bytes)
 
-    def read_all() -> Catalog:
-        part = _read_range(read, start, length)
-        check_crc("the manifest", part, trailer.manifest_crc, 0)
-        return manifest_columns.decode(part, _want_pickle, limit)
-
     pages = ManifestPages(read, start, length, table)
     try:
         opened = manifest_columns.open_keys(pages.view, pages.fill_range, limit)
     except CheckpointCorruptError as error:
         raise error.at(offset=start) from None
-    return None if opened is None else PagedManifest(pages, opened, read_all, start)
+    if opened is None:
+        return None
+
+    def read_all() -> Catalog:
+        part = _read_range(read, start, length)
+        check_crc("the manifest", part, trailer.manifest_crc, 0)
+        return manifest_columns.decode_chunks(part, opened)
+
+    return PagedManifest(pages, opened, read_all, start)
 
 
 def _read_table(read: ReadRange, trailer: Trailer) -> PageTable | None:

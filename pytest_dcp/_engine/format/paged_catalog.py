@@ -29,7 +29,8 @@ import numpy as np
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.catalog_checks import check_chunks
 from pytest_dcp._engine.format.catalog_selection import select_keys
-from pytest_dcp._engine.format.manifest_columns import CHUNK_COLUMNS, OpenedManifest
+from pytest_dcp._engine.format.manifest_columns import OpenedManifest
+from pytest_dcp._engine.format.manifest_layout import CHUNK_COLUMNS
 from pytest_dcp._engine.format.manifest_pages import ManifestPages
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.column_table import ColumnTable
@@ -163,10 +164,9 @@ class _FilledLater(ColumnTable):
     def over(cls, manifest: PagedManifest, table: ColumnTable) -> Self:
         """The table of the manifest, with the columns of keys."""
         paged = cls.__new__(cls)
-        source: Any = table
-        values = {f.name: getattr(table, f.name) for f in fields(source)}
-        later = {name: v for name, v in values.items() if name not in CHUNK_COLUMNS}
-        paged.__dict__.update(later, manifest=manifest)
+        # With the values of cached properties, such as the dict of names.
+        values = {name: v for name, v in vars(table).items() if name not in CHUNK_COLUMNS}
+        paged.__dict__.update(values, manifest=manifest)
         return paged
 
     def __getattr__(self, name: str) -> Any:
@@ -174,8 +174,7 @@ class _FilledLater(ColumnTable):
         if manifest is None or name not in CHUNK_COLUMNS or name not in self.column_names():
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         table = self._table_of(manifest.whole())
-        # All of them, also those that were there: they lie in memory that can now be freed.
-        self.__dict__.update({column: getattr(table, column) for column in self.column_names()})
+        self.__dict__.update(vars(table))
         return self.__dict__[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
