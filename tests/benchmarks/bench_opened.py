@@ -41,6 +41,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.entry import tensor_frame
+from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.checkpoint import convert
 
@@ -62,6 +63,8 @@ class Row:
     case: str
     method: str
     ms: float
+    cpu_ms: float
+    """Of all threads: what other processes do shows in `ms` alone."""
     peak_mib: float
     """Above the memory before the call."""
 
@@ -106,12 +109,46 @@ def open_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method
     chunks = 1000 * (1000 // scale)
     write_large_index(folder / "large", chunks)
 
-    def large() -> object:
-        with dcp.open(folder / "large") as opened:
-            lazy: Any = opened["layers.3.weight"]
-            return lazy[3:5]
+    yield (
+        f"open, a tensor of 1,000 shards in an index of {chunks:,} chunks",
+        {"ours, own checkpoint": lambda: read_one(folder / "large")},
+    )
+    yield (
+        f"read_metadata of {chunks:,} chunks",
+        {"ours": lambda: dcp.FileSystemReader(folder / "large").read_metadata()},
+    )
+    yield (
+        f"read_metadata of {chunks:,} chunks, then all of its columns",
+        {"ours": lambda: read_columns(folder / "large")},
+    )
 
-    yield f"open, two rows in an index of {chunks:,} chunks", {"ours, own checkpoint": large}
+
+def read_one(folder: Path) -> object:
+    """Open a checkpoint, and read one of its tensors."""
+    with dcp.open(folder) as opened:
+        lazy: Any = opened["layers.3.weight"]
+        return lazy.tensor()
+
+
+def read_columns(folder: Path) -> object:
+    """What planning a load of all tensors needs of the index."""
+    metadata: Any = dcp.FileSystemReader(folder).read_metadata()
+    index, places = metadata.state_dict_metadata.source, metadata.storage_data.catalog.places
+    return index.offset.sum() + places.sums.sum(dtype=np.int64)
+
+
+def compare_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
+    """Two equal checkpoints, whose checksums show it."""
+    chunks = 1000 * (256 // scale)
+    for name in ("one", "other"):
+        write_large_index(folder / name, chunks)
+
+    def compare() -> None:
+        with dcp.open(folder / "one") as one, dcp.open(folder / "other") as other:
+            if compare_checkpoints(one, other, read=False) or one.bytes_read:
+                raise RuntimeError("the checkpoints are equal by their checksums")
+
+    yield f"open and compare two equal checkpoints of {chunks:,} chunks", {"ours": compare}
 
 
 def write_large_index(folder: Path, chunks: int) -> None:
@@ -189,6 +226,7 @@ def convert_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Met
 def measure(case: str, methods: dict[str, Method], rounds: int) -> list[Row]:
     """The medians of each method."""
     times: dict[str, list[float]] = {name: [] for name in methods}
+    cpu_times: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, list[float]] = {name: [] for name in methods}
     for run in methods.values():
         run()
@@ -198,12 +236,13 @@ def measure(case: str, methods: dict[str, Method], rounds: int) -> list[Row]:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
             before = _resident("VmRSS")
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             times[name].append(1000 * (time.perf_counter() - start))
+            cpu_times[name].append(1000 * (time.process_time() - cpu_start))
             peaks[name].append(max(0.0, _resident("VmHWM") - before))
     return [
-        Row(case, name, statistics.median(times[name]), statistics.median(peaks[name]))
+        Row(case, name, *(statistics.median(found[name]) for found in (times, cpu_times, peaks)))
         for name in methods
     ]
 
@@ -231,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(tempfile.mkdtemp(prefix="bench-opened-", dir=options.folder))
     rows: list[Row] = []
     try:
-        for cases in (open_cases, convert_cases):
+        for cases in (open_cases, compare_cases, convert_cases):
             for case, methods in cases(work, scale):
                 if any(fnmatch.fnmatch(case, one) for one in options.only or ["*"]):
                     rows += measure(case, methods, rounds)
@@ -242,8 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "opened": [asdict(row) for row in rows],
     }
-    columns = ("case", "method", "ms", "peak, MiB")
-    cells = [[row.case, row.method, f"{row.ms:,.1f}", f"{row.peak_mib:,.1f}"] for row in rows]
+    columns = ("case", "method", "ms", "cpu, ms", "peak, MiB")
+    cells = [
+        [row.case, row.method, *(f"{n:,.1f}" for n in (row.ms, row.cpu_ms, row.peak_mib))]
+        for row in rows
+    ]
     table.show(Console(width=120), f"medians of {rounds} rounds", columns, cells)
     folder = options.out or Path(tempfile.mkdtemp(prefix="bench-opened-"))
     folder.mkdir(parents=True, exist_ok=True)
