@@ -38,6 +38,8 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "make_quantised_by_channel",
     "make_quantised_by_tensor",
+    "make_typed_storage",
+    "parts_of_sparse",
     "set_negative_bit",
     "take_apart_typed_storage",
 ]
@@ -58,6 +60,15 @@ def take_apart_typed_storage(typed: Any) -> tuple[str, torch.UntypedStorage, int
     return typed._pickle_storage_type(), typed._untyped_storage, typed._size()
 
 
+def make_typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> Any:
+    """The storage as an argument of torch's functions that rebuild tensors.
+
+    In public, the class warns that it is to go. Can go with the class.
+    """
+    typed: Any = torch.storage.TypedStorage
+    return typed(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
 def make_quantised_by_tensor(whole: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
     """A quantised tensor of these integers, with one scale and zero point for all."""
     return _make_per_tensor_quantized_tensor(whole, scale, zero)
@@ -68,6 +79,14 @@ def make_quantised_by_channel(
 ) -> torch.Tensor:
     """A quantised tensor of these integers, with a scale and a zero point along an axis."""
     return _make_per_channel_quantized_tensor(whole, scales, zeros, axis)
+
+
+def parts_of_sparse(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices and values of a sparse tensor in coordinates, as they are stored.
+
+    In public, only those of a coalesced one are given. Can go when all are.
+    """
+    return tensor._indices(), tensor._values()
 
 
 def set_negative_bit(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from pytest_dcp._engine.io.local_file import LocalIn
 from pytest_dcp._engine.lazy_reading import catalog_contents, torch_save_file
 from pytest_dcp.checkpoint import convert
 from pytest_dcp.errors import (
+    CheckpointCorruptError,
     CheckpointMismatchError,
     CheckpointReplacedError,
     NotACheckpointError,
@@ -66,6 +67,100 @@ for overwrite in (
         assert done.returncode == 0, done.stderr
         line = "state.pt was written over since it was opened: open it again"
         assert done.stdout.splitlines() == [line] * 3
+
+    def test_one_that_is_cut_off_while_it_is_converted_or_sent_is_an_error(
+        self, tmp_path: Path
+    ) -> None:
+        program = """
+import os, time, torch, pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.conversion.broadcast_reader import BroadcastingTorchSaveReader
+from pytest_dcp.checkpoint import FileSystemWriter
+from pytest_dcp.checkpoint.format_utils import DynamicMetaLoadPlanner, torch_save_to_dcp
+def cutting(function):
+    def cut(*args, **kwargs):
+        os.truncate("state.pt", 5000)
+        return function(*args, **kwargs)
+    return cut
+FileSystemWriter.prepare_local_plan = cutting(FileSystemWriter.prepare_local_plan)
+Reader = BroadcastingTorchSaveReader
+Reader.prepare_global_plan = cutting(Reader.prepare_global_plan)
+for convert in (
+    lambda: torch_save_to_dcp("state.pt", "folder"),
+    lambda: dcp.load({"w": torch.zeros(1 << 20)}, storage_reader=Reader(),
+                     planner=DynamicMetaLoadPlanner(), checkpoint_id="state.pt"),
+):
+    torch.save({"w": torch.ones(1 << 20)}, "state.pt")
+    time.sleep(0.05)  # another time of modification
+    try:
+        convert()
+    except dcp.CheckpointError as error:
+        print("was written over since it was opened" in str(error), os.path.exists("folder"))
+"""
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True,
+            text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == ["True False"] * 2
+
+    def test_damage_is_found_when_the_record_is_read_and_not_before(self, tmp_path: Path) -> None:
+        path = tmp_path / "state.pt"
+        state = {"a": numbered(3000), "b": numbered(4000, start=7), "pair": (numbered(5), 1)}
+        torch.save(state, path)
+        content = path.read_bytes()
+        place = content.index(numbered(4000, start=7).numpy().tobytes())
+        path.write_bytes(content[: place + 900] + b"?" + content[place + 901 :])
+        with dcp.open(path) as opened:
+            assert torch.equal(opened.read(["a"])["a"], state["a"])
+            assert opened["pair"].value()[1] == 1  # type: ignore[union-attr]  # a value
+            for part in (slice(None), slice(5), slice(3990, None)):
+                for _ in range(2):
+                    with pytest.raises(CheckpointCorruptError, match=r"CRC.*'data/1'.*state\.pt"):
+                        opened["b"][part]  # type: ignore[index]  # a tensor
+        with dcp.open_checkpoint(path, verify="off") as opened:
+            assert torch.equal(opened["b"][:5], state["b"][:5])  # type: ignore[index]
+
+    def test_opening_reads_no_elements(self, tmp_path: Path) -> None:
+        path = tmp_path / "state.pt"
+        torch.save({"w": torch.ones(1 << 22), "step": 3}, path)
+        with dcp.open(path) as opened:
+            assert opened["w"].shape == (1 << 22,)  # type: ignore[union-attr]  # a tensor
+            assert opened["step"].value() == 3  # type: ignore[union-attr]  # a value
+        holes = os.open(path, os.O_RDWR)
+        try:
+            os.pwrite(holes, b"\1" * (1 << 20), 1 << 20)
+        finally:
+            os.close(holes)
+        with dcp.open(path) as opened:
+            assert opened["step"].value() == 3  # type: ignore[union-attr]  # a value
+
+    def test_values_that_hold_tensors_are_read_whole_and_checked(self, tmp_path: Path) -> None:
+        path = tmp_path / "state.pt"
+        weight = numbered(40, 30)
+        state = {
+            "pair": (weight, weight.t()[3], 1),
+            "parameter": (torch.nn.Parameter(numbered(4)), {"deep"}),
+            "sparse": (torch.eye(3).to_sparse(),),
+            "conjugate": (torch.complex(weight, -weight).conj(),),
+            "array": weight.numpy()[3:7],
+            "w": weight,
+        }
+        torch.save(state, path)
+        with dcp.open(path) as opened:
+            found = {name: lazy.value() for name, lazy in opened.items()
+                     if isinstance(lazy, dcp.LazyValue)}  # fmt: skip
+        assert found.keys() == state.keys() - {"w"}
+        assert torch.equal(found["pair"][0], weight)
+        assert torch.equal(found["pair"][1], weight.t()[3])
+        assert found["pair"][0].untyped_storage() is not None
+        one, two = (tensor.untyped_storage().data_ptr() for tensor in found["pair"][:2])
+        assert one == two  # they share their memory, as they did
+        assert type(found["parameter"][0]) is torch.nn.Parameter
+        assert found["parameter"][0].requires_grad
+        assert torch.equal(found["parameter"][0], numbered(4))
+        assert torch.equal(found["sparse"][0].to_dense(), torch.eye(3))
+        assert torch.equal(found["conjugate"][0], state["conjugate"][0])
+        assert (found["array"] == weight.numpy()[3:7]).all()
 
     def test_a_file_that_got_its_name_from_another_stays_readable(self, tmp_path: Path) -> None:
         path = tmp_path / "state.pt"

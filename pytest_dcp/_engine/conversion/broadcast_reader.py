@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
+from pytest_dcp._engine.lazy_reading.contents import BoxToRead
+from pytest_dcp._engine.lazy_reading.torch_save_contents import TorchSaveContents
 from pytest_dcp._engine.plan.materialise import current_device, group_device_type
 from pytest_dcp._engine.plan.nested import flatten
 from pytest_dcp._engine.planners.load_planner import DefaultLoadPlanner
@@ -55,12 +57,12 @@ class BroadcastingTorchSaveReader(StorageReader):
         self.checkpoint_id = checkpoint_id
         self.coordinator_rank = coordinator_rank
         self.is_coordinator = False
-        self._flat: dict[str, Any] = {}
+        self._file: TorchSaveContents | None = None
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Read another file."""
         self.checkpoint_id = checkpoint_id
-        self._flat = {}
+        self._close()
 
     def read_metadata(self) -> Metadata:
         """Nothing: the planner describes what it wants, see `DynamicMetaLoadPlanner`."""
@@ -82,7 +84,10 @@ class BroadcastingTorchSaveReader(StorageReader):
         if is_coordinator:
             if self.checkpoint_id is None:
                 raise ValueError("give the reader, or the load, a checkpoint_id: the file to read")
-            self._flat, _ = flatten(read_torch_save(self.checkpoint_id))
+            self._close()
+            self._file = TorchSaveContents(self.checkpoint_id)
+            # A load that fails in its plan does not tell the reader.
+            weakref.finalize(self, self._file.close)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan, unchanged. Raises CheckpointMismatchError for a value, which is not sent."""
@@ -109,7 +114,11 @@ class BroadcastingTorchSaveReader(StorageReader):
         return [dataclasses.replace(plan, storage_data=tensors) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Receive every tensor, and copy the parts that the plan asks for."""
+        """Receive every tensor, and copy the parts that the plan asks for.
+
+        Raises CheckpointReplacedError if the file was written to since it was opened, and
+        CheckpointCorruptError for a damaged tensor, on the coordinator.
+        """
         parts: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             parts.setdefault(item.storage_index.fqn, []).append(item)
@@ -124,7 +133,7 @@ class BroadcastingTorchSaveReader(StorageReader):
                     part = part.narrow(dim, start, length)
                 target.detach().copy_(part)
                 planner.commit_tensor(item, target)
-        self._flat = {}
+        self._close()
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -134,32 +143,39 @@ class BroadcastingTorchSaveReader(StorageReader):
         """Whether it is a file."""
         return os.path.isfile(checkpoint_id)
 
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
     def _describe(self, fqn: str, shape: tuple[int, ...]) -> tuple[torch.Size, torch.dtype]:
-        stored = self._flat.get(fqn)
-        if not isinstance(stored, torch.Tensor):
-            found = "nothing" if stored is None else f"a {type(stored).__name__}"
+        file = self._file
+        stored = file.describe(fqn) if file is not None and file.has(fqn) else None
+        if stored is None:
+            found = "nothing"
+            if file is not None and file.has(fqn):
+                found = f"a {type(file.read_value(fqn)).__name__}"
             raise CheckpointMismatchError(
                 f"{fqn!r}: expected a tensor in {self.checkpoint_id}, "
                 f"it holds {found} of this name",
                 missing=(fqn,),
             )
-        if tuple(stored.shape) != shape:
+        if stored.shape != shape:
             raise CheckpointMismatchError(
-                f"{fqn!r}: the file has shape {tuple(stored.shape)}, the state dict {shape}",
+                f"{fqn!r}: the file has shape {stored.shape}, the state dict {shape}",
                 mismatched=(fqn,),
             )
-        return stored.shape, stored.dtype
+        return torch.Size(stored.shape), stored.dtype
 
     def _broadcast(self, fqn: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The whole tensor, on the device of the group's collectives."""
-        if not dist.is_initialized():
-            stored: torch.Tensor = self._flat[fqn]
-            return stored
-        device = current_device(group_device_type())
-        if self.is_coordinator:
-            whole: torch.Tensor = self._flat[fqn].detach().to(device).contiguous()
-        else:
-            whole = torch.empty(shape, dtype=dtype, device=device)
+        is_alone = not dist.is_initialized()
+        device = torch.device("cpu") if is_alone else current_device(group_device_type())
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        if self._file is not None:
+            self._file.read_boxes([BoxToRead(fqn, (0,) * len(shape), whole)])
+        if is_alone:
+            return whole
         # Sent as bytes: the backends do not support every dtype.
         flat = whole.reshape(-1).view(torch.uint8) if whole.numel() else None
         if flat is not None:

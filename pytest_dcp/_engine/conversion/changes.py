@@ -58,7 +58,7 @@ class Changes:
         included = _match(names, self.include, "include", where)
         excluded = _match(names, self.exclude, "exclude", where) if self.exclude else set()
         chosen = [n for n in names if n not in excluded and (self.include is None or n in included)]
-        if not chosen:
+        if not chosen and self:
             raise CheckpointMismatchError(f"nothing of {where} is left to convert")
         self._check_types()
         selection = Selection(rename=self.rename)

@@ -54,17 +54,27 @@ def to_dcp(
     source_options, target_options = split_options(source, target, storage_options)
     folder = target_folder(target, target_options)
     with open_source(source, changes, source_options) as contents, remove_if_new(folder):
-        planner = _ConversionPlanner(contents, report)
-        with without_single_process_warning():
-            state = contents.build_state(planner.stand_in)
-            save(
-                state,
-                checkpoint_id=target,
-                planner=planner,
-                no_dist=True,
-                storage_options=target_options,
-            )
+        save_contents(contents, target, target_options, report)
         return contents.report(values=len(contents.values))
+
+
+def save_contents(
+    contents: ConvertedContents,
+    target: PathLike,
+    storage_options: Mapping[str, Any] | None = None,
+    report: Report = report_nothing,
+) -> None:
+    """Save all tensors and values to a folder, or a URL. Raises as `save`."""
+    planner = _ConversionPlanner(contents, report)
+    with without_single_process_warning():
+        state = contents.build_state(planner.stand_in)
+        save(
+            state,
+            checkpoint_id=target,
+            planner=planner,
+            no_dist=True,
+            storage_options=storage_options,
+        )
 
 
 class _ConversionPlanner(DefaultSavePlanner):
@@ -85,6 +95,8 @@ class _ConversionPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The tensor, read now, or the value's entry."""
         fqn = write_item.index.fqn
+        if fqn not in self._contents.tensors and write_item.type != WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)  # Of a value that is more than one item.
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(encode_value(self.state_dict[fqn]))
         self._report(fqn)

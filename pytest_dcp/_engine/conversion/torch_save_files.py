@@ -12,15 +12,14 @@ import os
 
 from pytest_dcp._engine.conversion.changes import Changes
 from pytest_dcp._engine.conversion.converted_contents import ConvertedContents
-from pytest_dcp._engine.conversion.target_paths import target_file
+from pytest_dcp._engine.conversion.target_paths import target_file, target_folder
+from pytest_dcp._engine.conversion.to_dcp import save_contents
 from pytest_dcp._engine.conversion.torch_save_writer import BUDGET_BYTES, TorchSaveWriter
-from pytest_dcp._engine.conversion.whole_file import write_whole_file
+from pytest_dcp._engine.conversion.whole_file import remove_if_new, write_whole_file
 from pytest_dcp._engine.coordinate import OperationCall, team_of
 from pytest_dcp._engine.huggingface.consolidate import report_nothing
-from pytest_dcp._engine.lazy_reading.open_checkpoint import open_checkpoint
-from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
-from pytest_dcp._engine.verbs.save import save
-from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
+from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
+from pytest_dcp._engine.lazy_reading.torch_save_contents import TorchSaveContents
 from pytest_dcp.tracebacks import drop_inner_frames
 
 PathLike = str | os.PathLike[str]
@@ -67,15 +66,23 @@ def torch_save_to_dcp(
 ) -> None:
     """Convert the file of `torch.save` to a checkpoint folder. No process group is used.
 
-    The file is mapped, so the whole state is never in memory.
+    Tensors are read in batches, so the whole state is never in memory.
 
     weights_only: False allows values of any class, and loading them can run code: only for files
-        whose writer you trust.
+        whose writer you trust. If torch cannot make one without its tensors' elements, the whole
+        file is loaded into memory.
 
     Raises CheckpointCorruptError if the file is not from `torch.save`, or damaged;
     UntrustedPickleError for classes that `weights_only` does not allow; TypeError if it holds
-    something other than a state dict.
+    something other than a state dict; CheckpointReplacedError if it is written to meanwhile.
     """
-    state_dict = read_torch_save(torch_save_path, weights_only=weights_only)
-    with without_single_process_warning():
-        save(state_dict, checkpoint_id=dcp_checkpoint_dir, no_dist=True)
+    stored = TorchSaveContents(torch_save_path, weights_only=weights_only)
+    folder = target_folder(dcp_checkpoint_dir)
+    with (
+        OpenCheckpoint(os.fspath(torch_save_path), "torch_save", stored) as checkpoint,
+        remove_if_new(folder),
+    ):
+        # Containers of any class were made already, if they are allowed.
+        save_contents(
+            ConvertedContents(checkpoint, Changes(), weights_only=False), dcp_checkpoint_dir
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from datetime import date, timedelta
 from typing import Any
 
@@ -22,7 +23,7 @@ from pytest_dcp._engine.format.opaque_values import read_quantised
 from pytest_dcp._engine.plan.opaque import is_opaque
 from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
 from pytest_dcp._engine.unpickle import UnknownGlobalError
-from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value
+from pytest_dcp._engine.unpickle.stored_tensors import read_stored_value, storages_in_memory
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 
 PICKLE_PROTOCOL = 2
@@ -38,6 +39,10 @@ INERT_LEAVES = frozenset(
     }
 )
 DEPTH = 16
+ERRORS_OF_CLASSES = (
+    *(RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError),
+)
+"""That torch, numpy or an allowed class raises for arguments of the right types."""
 MANY = 1000
 """Containers with more items than this are not inspected item by item."""
 
@@ -64,7 +69,9 @@ def decode_value(
     """
     read = records_of(entry)
     try:
-        return read_stored_value(read("data.pkl"), lambda key: read(f"data/{key}"), share=share)
+        return read_stored_value(
+            read("data.pkl"), storages_in_memory(lambda key: read(f"data/{key}"), share=share)
+        )
     except UntrustedPickleError as unknown:
         if not weights_only:
             return torch.load(io.BytesIO(entry), weights_only=False)
@@ -72,13 +79,33 @@ def decode_value(
             raise
         if (quantised := read_quantised(entry)) is not None:
             return quantised
-        raise UntrustedPickleError(
-            f"{unknown.reason}: pass weights_only=False if you trust the checkpoint's writer, or "
-            "allow the class with torch.serialization.add_safe_globals"
-        ) from unknown
-    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as e:
-        # Errors that torch, numpy or an allowed class raises for arguments of the right types.
-        raise CheckpointCorruptError(f"the value cannot be made: {e!r:.200}") from e
+        raise _advise_trust(unknown) from unknown
+    except ERRORS_OF_CLASSES as error:
+        raise CheckpointCorruptError(f"the value cannot be made: {error!r:.200}") from error
+
+
+def decode_pickle(
+    pickled: bytes | memoryview, make_storage: Callable[[str], torch.UntypedStorage]
+) -> Any:
+    """The value of the `data.pkl` of an entry, with tensors over storages that the caller makes.
+
+    make_storage: a storage by its key, which may be without memory (device "meta").
+
+    Raises as `decode_value`.
+    """
+    try:
+        return read_stored_value(pickled, make_storage)
+    except UnknownGlobalError as unknown:
+        raise _advise_trust(unknown) from unknown
+    except ERRORS_OF_CLASSES as error:
+        raise CheckpointCorruptError(f"the value cannot be made: {error!r:.200}") from error
+
+
+def _advise_trust(unknown: UnknownGlobalError) -> UntrustedPickleError:
+    return UntrustedPickleError(
+        f"{unknown.reason}: pass weights_only=False if you trust the checkpoint's writer, or "
+        "allow the class with torch.serialization.add_safe_globals"
+    )
 
 
 def refusal_of(value: Any, entry: bytes) -> str | None:

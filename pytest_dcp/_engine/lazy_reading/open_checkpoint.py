@@ -298,7 +298,11 @@ def _open_contents(location: Location, settings: ReadSettings, rank: int | None)
         return open_catalog(location, settings, rank)
     if not isinstance(location.folder.disk, LocalDisk):
         raise NotACheckpointError(
-            f"{location.file} is a file of torch.save, which is mapped to be read: copy it to a "
-            "local disk"
+            f"{location.file} is a file of torch.save, which is read from a local disk alone: copy "
+            "it there"
         )
-    return TorchSaveContents(location.folder.path / location.file)
+    path = location.folder.path / location.file
+    try:
+        return TorchSaveContents(path, verify=settings.verify != "off")
+    except (TypeError, ValueError) as error:
+        raise NotACheckpointError(f"{path} is no checkpoint: {error}") from error

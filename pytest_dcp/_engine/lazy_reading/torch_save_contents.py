@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from pytest_dcp._engine.format.python_values import decode_value
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
@@ -17,29 +16,17 @@ from pytest_dcp._engine.lazy_reading.torch_save_file import TorchSaveFile
 from pytest_dcp._engine.plan.containers import describe
 from pytest_dcp._engine.plan.nested import Path as KeyPath
 from pytest_dcp._engine.plan.nested import as_saved, as_saved_path, flatten
+from pytest_dcp._engine.plan.shards import PLAIN as PLAIN_TENSORS
 from pytest_dcp.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
-    NotACheckpointError,
-    UntrustedPickleError,
 )
 
 PathLike = str | os.PathLike[str]
 
 
-def read_torch_save(path: PathLike, *, weights_only: bool = True) -> dict[str, Any]:
-    """The state dict in a file of `torch.save`; its tensors lie in the file, which is mapped.
-
-    Writes into them stay in this process.
-    """
-    file = _open_file(path)
-    try:
-        return _unpickle(file, weights_only=weights_only)
-    finally:
-        file.close()
-
-
-def _open_file(path: PathLike) -> TorchSaveFile:
+def _open_file(path: PathLike, *, verify: bool) -> TorchSaveFile:
+    where = os.fspath(path)
     with open(path, "rb") as file:
         signature = file.read(len(ZIP_SIGNATURE))
     if signature != ZIP_SIGNATURE:
@@ -47,20 +34,20 @@ def _open_file(path: PathLike) -> TorchSaveFile:
             f"expected the zip archive that torch.save writes, got a file that begins with "
             f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
             "and saved again",
-            file=os.fspath(path),
+            file=where,
         )
-    return TorchSaveFile(path)
+    try:
+        return TorchSaveFile(path, verify=verify)
+    except CheckpointCorruptError as error:
+        raise error.at(file=where) from error
 
 
-def _unpickle(file: TorchSaveFile, *, weights_only: bool) -> dict[str, Any]:
+def _unpickle(file: TorchSaveFile, *, weights_only: bool) -> dict[Any, Any]:
     where = os.fspath(file.path)
     try:
-        state_dict = decode_value(memoryview(file.mapped), share=True)
+        state_dict = file.unpickle(weights_only=weights_only)
     except CheckpointCorruptError as error:
-        if weights_only or not isinstance(error, UntrustedPickleError):
-            raise error.at(file=where) from error
-        # Not by `decode_value`, which would hold the whole file in memory.
-        state_dict = torch.load(where, map_location="cpu", mmap=True, weights_only=False)
+        raise error.at(file=where) from error
     if not isinstance(state_dict, dict):
         raise TypeError(
             f"expected a state dict in {where}, got {type(state_dict).__name__}: a checkpoint "
@@ -76,23 +63,24 @@ class TorchSaveContents:
     catalog: None = None
     """The file has no index."""
 
-    def __init__(self, path: PathLike) -> None:
-        """Raises NotACheckpointError for a file that holds something other than a state dict, or
-        two values under one flat name.
+    def __init__(self, path: PathLike, *, weights_only: bool = True, verify: bool = True) -> None:
+        """weights_only: False allows values of any class, and reading them can run code.
+        verify: whether checksums are checked.
+
+        Raises TypeError for a file that holds something other than a state dict, ValueError for two
+        values under one flat name, CheckpointCorruptError for one that is damaged, and
+        UntrustedPickleError for classes that `weights_only` does not allow.
         """
         self.bytes_read = self.bytes_needed = 0
-        self._opened = _open_file(path)
+        self._opened = _open_file(path, verify=verify)
         self._file = self._opened.path.name
         seen: list[tuple[KeyPath, Any]] = []
         try:
-            state_dict = _unpickle(self._opened, weights_only=True)
+            state_dict = _unpickle(self._opened, weights_only=weights_only)
             self._flat, paths = flatten(state_dict, note=lambda *found: seen.append(found))
-        except CheckpointCorruptError:
+        except BaseException:
             self._opened.close()
             raise
-        except (TypeError, ValueError) as error:
-            self._opened.close()
-            raise NotACheckpointError(f"{os.fspath(path)} is no checkpoint: {error}") from error
         self._paths = as_saved(paths)
         self.containers = describe((as_saved_path(path), container) for path, container in seen)
         """The description of the saved containers; None: plain ones."""
@@ -128,7 +116,8 @@ class TorchSaveContents:
         """Copy the parts from the file.
 
         Raises CheckpointReplacedError if it was written to since it was opened,
-        CheckpointMismatchError for a sparse tensor.
+        CheckpointCorruptError for a record whose checksum is wrong, CheckpointMismatchError for a
+        sparse tensor.
         """
         with self._closing.keep_open():
             self._read_boxes(boxes)
@@ -144,13 +133,18 @@ class TorchSaveContents:
                 )
             for dim, (start, length) in enumerate(zip(box.offset, box.target.shape, strict=True)):
                 part = part.narrow(dim, start, length)
-            self.bytes_read += self._opened.copy_part(part, box.target)
+            try:
+                self.bytes_read += self._opened.copy_part(part, box.target)
+            except CheckpointCorruptError as error:
+                raise error.at(entry=box.name) from error
             self.bytes_needed += part.numel() * part.itemsize
 
     def read_value(self, name: str, *, weights_only: bool = True) -> Any:
-        """The value of this name."""
+        """The value of this name. It is as it was unpickled at the opening, whatever
+        `weights_only` says now.
+        """
         with self._closing.keep_open():
-            return self._flat[name]
+            return self._opened.fill_value(self._flat[name])
 
     def wrappers(self, name: str) -> tuple[StoredWrapper, ...]:
         """None: a file that holds one does not open."""
@@ -182,10 +176,11 @@ class TorchSaveContents:
 
     def _close_files(self) -> None:
         self._opened.close()
-        self._flat = {}  # The tensors keep the mapping, and so the file's space on the disk.
+        self._flat = {}
 
 
 def _facts_of(value: Any) -> TensorFacts | None:
-    if not isinstance(value, torch.Tensor):
+    """Of a plain tensor; others, which only a trusted file has, are values."""
+    if type(value) not in PLAIN_TENSORS or value.is_quantized:
         return None
     return TensorFacts(tuple(value.shape), value.dtype)

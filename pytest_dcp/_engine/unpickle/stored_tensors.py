@@ -47,16 +47,34 @@ from pytest_dcp.errors import CheckpointCorruptError
 LARGE_PICKLE_BYTES = 8 << 20
 """Pickles of at least this size are read in place, not copied: such large values are mostly one
 array. Reading many small objects from a view takes half as long again."""
-Storages = Callable[[str], bytes | memoryview]
+StorageBytes = Callable[[str], bytes | memoryview]
 """The bytes of a storage, by its key in the entry."""
+MakeStorage = Callable[[str], torch.UntypedStorage]
+"""A storage by its key in the entry; called once for each."""
 _Args = tuple[Any, ...]
 
 
-def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bool = False) -> Any:
+def storages_in_memory(read: StorageBytes, *, share: bool) -> MakeStorage:
+    """Makes storages of their bytes.
+
+    share: whether they use the memory that `read` gives, which must be writable; otherwise it is
+        copied.
+    """
+
+    def make(key: str) -> torch.UntypedStorage:
+        stored = read(key)
+        raw = stored if share else bytearray(stored)
+        tensor = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+        return tensor.untyped_storage()
+
+    return make
+
+
+def read_stored_value(data: bytes | memoryview, make_storage: MakeStorage) -> Any:
     """The value that the `data.pkl` of an entry describes.
 
-    share: whether tensors use the memory that `storages` gives, which must be writable; otherwise
-        it is copied.
+    make_storage: gives the storages; their elements are not used, except those of sparse tensors,
+        whose indices are checked unless the storage is without memory (device "meta").
 
     Raises:
         UnknownGlobalError: it holds a class that is neither inert nor allowed by the user.
@@ -64,14 +82,14 @@ def read_stored_value(data: bytes | memoryview, storages: Storages, *, share: bo
             reaches beyond its storage.
     """
     allowed_globals, build, others = _vocabulary(tuple(torch.serialization.get_safe_globals()))
-    persistent = _Storages(storages, share).find
+    persistent = _Storages(make_storage).find
     known_here = Vocabulary(allowed_globals, build, KEYS, persistent, nested_keys=True)
     value = run(data, known_here, copy=len(data) < LARGE_PICKLE_BYTES)
     check_plain(value, "the value", others, max(MAX_LOGICAL_ITEMS, len(data)))
     return value
 
 
-def read_inert_values(data: bytes | memoryview, storages: Storages) -> Any:
+def read_inert_values(data: bytes | memoryview, storages: StorageBytes) -> Any:
     """As `read_stored_value`, for values that are looked at: classes that the user has allowed are
     not made either, and each object of an unknown class becomes an `UnreadObject`, by its name.
 
@@ -84,7 +102,7 @@ def read_inert_values(data: bytes | memoryview, storages: Storages) -> Any:
         {**known_here, ("argparse", "Namespace"): namespace},
         {**build, Namespace: build[SimpleNamespace]},
         KEYS,
-        _Storages(storages, share=False).find,
+        _Storages(storages_in_memory(storages, share=False)).find,
         nested_keys=True,
         keeps_unread=_may_be_named,
     )
@@ -140,9 +158,8 @@ class _Storages:
     """The storages of one entry, each read once, so that tensors that shared a storage share it
     again."""
 
-    def __init__(self, read: Storages, share: bool) -> None:
-        self._read = read
-        self._share = share
+    def __init__(self, make: MakeStorage) -> None:
+        self._make = make
         self._storage_by_key: dict[str, torch.UntypedStorage] = {}
 
     def find(self, saved_id: object) -> _Stored:
@@ -159,10 +176,7 @@ class _Storages:
     def bytes_of(self, key: str, nbytes: int) -> torch.UntypedStorage:
         found = self._storage_by_key.get(key)
         if found is None:
-            content = self._read(key)
-            raw = content if self._share else bytearray(content)
-            tensor = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
-            found = self._storage_by_key[key] = tensor.untyped_storage()
+            found = self._storage_by_key[key] = self._make(key)
         if found.nbytes() != nbytes:
             raise CheckpointCorruptError(
                 f"expected a storage of {nbytes} bytes, got one of {found.nbytes()}"
@@ -172,7 +186,7 @@ class _Storages:
     def tensor(self, description: TensorPickle) -> torch.Tensor:
         """The described tensor, over its storage."""
         memory = self.bytes_of(description.storage_key, description.storage_nbytes)
-        tensor = torch.empty(0, dtype=description.dtype)
+        tensor = torch.empty(0, dtype=description.dtype, device=memory.device)
         tensor.set_(memory, description.storage_offset, description.shape, description.stride)
         return tensor.requires_grad_(description.requires_grad)
 
@@ -250,7 +264,11 @@ def _sparse(_: PickleMachine, args: _Args) -> torch.Tensor:
     coalesced = parts[3] if len(parts) == 4 else None
     try:
         return torch.sparse_coo_tensor(
-            parts[0], parts[1], parts[2], check_invariants=True, is_coalesced=coalesced
+            parts[0],
+            parts[1],
+            parts[2],
+            check_invariants=not getattr(parts[0], "is_meta", False),
+            is_coalesced=coalesced,
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointCorruptError(

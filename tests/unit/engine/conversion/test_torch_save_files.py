@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.conversion.command import main
-from pytest_dcp._engine.lazy_reading.torch_save_contents import read_torch_save
 from pytest_dcp.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 from pytest_dcp.errors import CheckpointCorruptError, UntrustedPickleError
 from support.states import same
@@ -89,7 +88,8 @@ class TestToAFile:
         with zipfile.ZipFile(file) as archive:
             assert archive.testzip() is None
             assert len(archive.infolist()) > 10
-        read_torch_save(file)  # Its records fill the file without a gap: checked here.
+        with dcp.open(file) as opened:  # Its records fill the file without a gap: checked here.
+            opened.read(name for name in opened if isinstance(opened[name], dcp.LazyTensor))
 
     def test_a_value_that_holds_tensors_is_kept(self, tmp_path: Path, file: Path) -> None:
         weight = torch.ones(3)
@@ -185,6 +185,46 @@ class TestToAFolder:
         with pytest.raises(UntrustedPickleError, match=r"mkdir.*weights_only=False"):
             torch_save_to_dcp(file, tmp_path / "folder")
         assert not (tmp_path / "touched").exists()
+
+    def test_a_trusted_file_is_read_in_parts_too(
+        self, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weight = torch.arange(6.0).reshape(2, 3)
+        saved = {
+            "at": Stranger(3),
+            "module": torch.nn.Linear(2, 3),
+            "w": torch.nn.Parameter(weight),
+            "half": weight.bfloat16().t(),
+            "small": weight.to(torch.uint16),
+        }
+        torch.save(saved, file)
+        with pytest.raises(UntrustedPickleError):
+            torch_save_to_dcp(file, tmp_path / "folder")
+        with monkeypatch.context() as patch:
+            patch.delattr(torch, "load")  # It would load the whole file.
+            torch_save_to_dcp(file, tmp_path / "folder", weights_only=False)
+        found = dcp.load_without_template(checkpoint_id=tmp_path / "folder", weights_only=False)
+        assert found["at"].value == 3
+        assert same(dict(found["module"]), dict(saved["module"].state_dict()))  # type: ignore[attr-defined]
+        for name in ("w", "half", "small"):
+            assert torch.equal(found[name], saved[name])
+
+    @pytest.mark.filterwarnings("ignore:.*quantiz.*")
+    def test_a_trusted_file_that_needs_its_elements_is_loaded_by_torch(
+        self, tmp_path: Path, file: Path
+    ) -> None:
+        quantised = torch.quantize_per_tensor(torch.arange(6.0), 0.1, 0, torch.quint8)
+        torch.save({"at": Stranger(3), "q": quantised, "w": torch.ones(2)}, file)
+        torch_save_to_dcp(file, tmp_path / "folder", weights_only=False)
+        found = dcp.load_without_template(checkpoint_id=tmp_path / "folder", weights_only=False)
+        assert torch.equal(found["q"].dequantize(), quantised.dequantize())
+        assert torch.equal(found["w"], torch.ones(2))
+
+    def test_an_empty_state_dict_is_one(self, tmp_path: Path, file: Path) -> None:
+        torch.save({}, file)
+        torch_save_to_dcp(file, tmp_path / "folder")
+        dcp_to_torch_save(tmp_path / "folder", tmp_path / "again.pt")
+        assert torch.load(tmp_path / "again.pt") == {}
 
     def test_a_file_of_another_kind_is_refused(self, tmp_path: Path, file: Path) -> None:
         file.write_bytes(pickle.dumps({"w": 1}))
