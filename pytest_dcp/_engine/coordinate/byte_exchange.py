@@ -281,7 +281,10 @@ class ByteExchange:
             connection.receive(one=True)
             if connection.frames:
                 self._moved_s = time.monotonic()
-                self._take_bucket(rank, connection.frames.popleft(), deliver)
+                frame = connection.frames.popleft()
+                self._take_bucket(rank, frame, deliver)
+                # Fresh pages would cost as much as copying the bucket.
+                connection.reader.spare = getattr(frame.segments[1], "obj", None)
                 missing[rank] -= 1
                 if not missing[rank]:
                     del missing[rank]

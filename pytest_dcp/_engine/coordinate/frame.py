@@ -172,8 +172,10 @@ class FrameReader:
         """The only kind of frame that is accepted; None: any."""
         self.seal: Seal | None = None
         """Makes the seals that the frames must carry behind their bodies."""
+        self.spare: bytearray | None = None
+        """Memory of an earlier body for the next one, instead of fresh pages; taken once."""
         self._header: bytearray = bytearray(HEADER.size)
-        self._body: bytearray | None = None
+        self._body: bytearray | memoryview | None = None
         self._length = 0
         """Length of the whole body; its memory grows as it arrives."""
         self._at = 0
@@ -192,7 +194,7 @@ class FrameReader:
             if self._at < HEADER.size:
                 return None
             self._length = self._body_length()
-            self._body, self._at = bytearray(min(self._length, FIRST_BYTES)), 0
+            self._body, self._at = self._new_body(), 0
         if self._at < len(self._body):
             return None
         if self._at < self._length:
@@ -206,6 +208,13 @@ class FrameReader:
             if not hmac.compare_digest(received_seal, self.seal.next((self._header, body))):
                 raise FrameError("a frame without the seal that a rank of the group gives it")
         return self._cut(body)
+
+    def _new_body(self) -> bytearray | memoryview:
+        """Memory for the body, or for its first part if it is long."""
+        spare, self.spare = self.spare, None
+        if spare is not None and len(spare) >= self._length:
+            return memoryview(spare)[: self._length]
+        return bytearray(min(self._length, FIRST_BYTES))
 
     def _body_length(self) -> int:
         magic, kind, _, _, _, count, length = HEADER.unpack(self._header)
