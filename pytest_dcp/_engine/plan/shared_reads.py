@@ -46,8 +46,9 @@ SMALLEST_BUCKET_BYTES, LARGEST_BUCKET_BYTES = 4 * BLOCK_BYTES, 63 * BLOCK_BYTES
 message of up to 4 MiB is received without being copied (`coordinate.frame`)."""
 RECEIVED_BYTES = 64 << 20
 """Memory of a rank for buckets that arrive: one from each other rank at a time."""
-BUCKETS_OF_A_RANK = 8
-"""At least this many if there is enough to read, so that reading and sending overlap."""
+BUCKETS_OF_A_RANK = 32
+"""At least this many if there is enough to read: several threads read one each, and all the same
+reading and sending overlap."""
 DENSE = 0.75
 """Ranges of one entry that overlap this much are shared as one, with a few bytes that some ranks
 do not need: columns of a row-major tensor."""
