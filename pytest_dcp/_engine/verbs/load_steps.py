@@ -61,7 +61,8 @@ from typing import Any
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 
-from pytest_dcp._engine.coordinate import StepError, Team
+from pytest_dcp._engine.coordinate import CoordinationError, PeerAborted, StepError, Team
+from pytest_dcp._engine.coordinate.byte_exchange import ByteExchange
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
 from pytest_dcp._engine.plan.hooks import require_plan
 from pytest_dcp._engine.plan.match_keys import LoadReport
@@ -79,6 +80,7 @@ from pytest_dcp._engine.verbs.load_source import LoadSource
 from pytest_dcp._engine.verbs.phase_timing import Phases
 from pytest_dcp._engine.verbs.shared_reading import (
     WORTHWHILE_BYTES,
+    Deal,
     Offer,
     Read,
     agree_on_sharing,
@@ -86,6 +88,7 @@ from pytest_dcp._engine.verbs.shared_reading import (
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
 from pytest_dcp.errors import CheckpointReplacedError
+from pytest_dcp.tracebacks import warn_caller
 
 RETRY_S = 120.0
 """How long a load tries again while other saves replace the checkpoint; one retry is enough where
@@ -264,11 +267,28 @@ class Load:
 
         least_bytes = 1 if insist else WORTHWHILE_BYTES
         deal = team.reduce_scatter("share", offer, lambda all_: make_deals(all_, least_bytes))
-        if deal is None:
+        if deal is None or not self._connect(team, channel, deal, insist=insist):
             exchange.close()
         else:
             self.source.share(team.rank, deal.share, channel)
-            team.agree("connect", lambda: channel.connect(deal.tokens))
+
+    def _connect(self, team: Team, channel: ByteExchange, deal: Deal, *, insist: bool) -> bool:
+        """Connect to the ranks that get bytes from this one; whether that worked on all ranks.
+
+        insist: raises where it did not.
+        """
+
+        def connect() -> bool:
+            try:
+                channel.connect(deal.tokens)
+            except CoordinationError as error:
+                if insist or isinstance(error, PeerAborted):
+                    raise
+                warn_caller(f"each rank reads what it wants itself: {error}")
+                return False
+            return True
+
+        return team.all_reduce("connect", connect, all)
 
     def _finish(self, plan: LoadPlan) -> LoadPlan:
         """The plan to carry out; the planner finishes it once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
 import pytest_dcp.properties as props
-from pytest_dcp._engine.coordinate import StepError
+from pytest_dcp._engine.coordinate import StepError, byte_exchange
 from pytest_dcp._engine.io import bucket_reading
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
@@ -39,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+SILENCE_S = 4
 URL = f"{object_store.PROTOCOL}://runs/last"
 Layout = tuple[Placement, ...]
 
@@ -351,12 +354,48 @@ def test_ranks_that_differ_in_read_are_refused(checkpoint_dir: Path, rank: int) 
         dcp.load(state, checkpoint_id=checkpoint_dir, read="local" if rank % 2 else "shared")
 
 
+def refuse_connection(_: object) -> None:
+    raise TimeoutError("no answer")
+
+
+@pytest.mark.parametrize("read", ["auto", "shared"])
+def test_ranks_that_cannot_connect_to_each_other(
+    store: Path, rank: int, monkeypatch: pytest.MonkeyPatch, read: Any
+) -> None:
+    wanted = laid_out("replicated")
+    dcp.save(wanted, storage_writer=FsspecWriter(URL, root=str(store)))
+    if rank == 1:
+        monkeypatch.setattr(byte_exchange, "connect", refuse_connection)
+    target, reader = blank(wanted), FsspecReader(URL, root=str(store))
+    if read == "shared":
+        with pytest.raises(CheckpointException, match="rank 0 cannot be reached from rank 1"):
+            dcp.load(target, storage_reader=reader, read=read)
+        return
+    with contextlib.ExitStack() as warns:
+        if rank == 1:
+            warns.enter_context(pytest.warns(UserWarning, match="each rank reads .* itself"))
+        dcp.load(target, storage_reader=reader, read=read)
+    assert same(target, wanted)
+
+
 def test_alone_a_rank_shares_with_no_other(checkpoint_dir: Path) -> None:
     wanted = {"w": numbered(5)}
     dcp.save(wanted, checkpoint_id=checkpoint_dir)
     with without_warnings(DISABLED):
         loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir, no_dist=True)
     assert same(loaded, wanted)
+
+
+@pytest.mark.world_size(4)
+def test_a_rank_that_stops_is_named_once_the_groups_timeout_is_over(
+    world: RankWorld, rank: int, checkpoint_dir: Path
+) -> None:
+    wanted = {"w": numbered(4000, 1000)}
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    group = dist.new_group(timeout=timedelta(seconds=SILENCE_S))
+    world.pause(2, at="pytest_dcp._engine.io.bucket_reading:BucketReader.release")
+    with pytest.raises(StepError, match=r"rank 2 .*was silent for"):
+        shared(wanted, checkpoint_id=checkpoint_dir, process_group=group)
 
 
 @pytest.mark.world_size(4)
