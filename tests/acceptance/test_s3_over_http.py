@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._cli.main import main
 from pytest_dcp.checkpoint import CheckpointManager
-from pytest_dcp.checkpoint.convert import to_safetensors
+from pytest_dcp.checkpoint.convert import to_dcp, to_safetensors, to_torch_save
 from support.s3_server import BUCKET, S3Server, close_clients, serve_s3, set_credentials
 
 NEEDED = ("s3fs", "moto", "flask", "flask_cors")
@@ -156,6 +156,54 @@ def test_a_checkpoint_is_converted_from_the_url(server: S3Server, url: str, tmp_
     to_safetensors(url, tmp_path / "converted", skip_values=True)
     (file,) = (tmp_path / "converted").glob("*.safetensors")
     assert torch.equal(load_file(file)["w"], state_of(3)["w"])
+
+
+CONVERSIONS = {"a[1].safetensors": to_safetensors, "folder": to_safetensors, "a*.pt": to_torch_save}
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("a[1].safetensors", ("PUT", "tmp")),
+        ("a[1].safetensors", ("PUT", "")),
+        ("a[1].safetensors", ("DELETE", "tmp")),
+        ("folder", ("PUT", "")),
+        ("a*.pt", ("PUT", "")),
+    ],
+)
+def test_a_conversion_to_the_url_leaves_the_old_target_or_the_new_one(
+    server: S3Server, url: str, tmp_path: Path, name: str, refused: tuple[str, str]
+) -> None:
+    states = [state_of(step) for step in (1, 2)]
+    for number, state in enumerate(states):
+        dcp.save(state, checkpoint_id=tmp_path / str(number))
+    target, convert = f"{url}/{name}", CONVERSIONS[name]
+    convert(tmp_path / "0", target, include="w")
+    method, word = refused
+    folder = url.removeprefix("s3://")
+    server.refuses = lambda number, request: (
+        request.method == method and ("tmp" in request.path) == bool(word)
+    )
+    with pytest.raises(OSError, match=r"reduce your request rate|503|Slow Down"):
+        convert(tmp_path / "1", target, include="w")
+    server.reset()
+    found = read_target(target, tmp_path)
+    assert any(torch.equal(found, state["w"]) for state in states[: 1 + (method == "DELETE")])
+    convert(tmp_path / "1", target, include="w")
+    assert torch.equal(read_target(target, tmp_path), states[1]["w"])
+    left = [key for key in server.objects() if key.startswith(folder.partition("/")[2])]
+    assert len([key for key in left if "tmp" not in key]) == (2 if name == "folder" else 1)
+
+
+def read_target(target: str, tmp_path: Path) -> torch.Tensor:
+    if target.endswith(".pt"):
+        import s3fs
+
+        (tmp_path / "copy.pt").write_bytes(s3fs.S3FileSystem().cat_file(target))
+        found: torch.Tensor = torch.load(tmp_path / "copy.pt")["w"]
+        return found
+    with dcp.open(target) as opened:
+        return opened.read(["w"])["w"]
 
 
 # Refusals.
@@ -325,6 +373,25 @@ def test_storage_options_reach_every_verb(url: str, options: dict[str, Any]) -> 
     assert dcp.load_without_template("step", **at_url) == {"step": 2}
     with dcp.open(url, storage_options=options) as checkpoint:
         assert torch.equal(checkpoint["w"][:1], state["w"][:1])
+
+
+def test_storage_options_reach_the_source_and_the_target_of_a_conversion(
+    url: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to: dict[str, Any] = {"storage_options": options}
+    dcp.save(state_of(1), checkpoint_id=url, **to)
+    to_safetensors(url, f"{url}/folder", include="w", **to)
+    to_torch_save(f"{url}/folder", f"{url}/state.pt", **to)
+    to_dcp(f"{url}/folder", f"{url}/again", **to)
+    given = [f"--storage-option={key}={value}" for key, value in options.items()]
+    target = tmp_path / "a.safetensors"
+    assert main(["convert", f"{url}/again", str(target), *given]) == 0
+    assert main(["convert", str(target), f"{url}/b.safetensors", *given]) == 0
+    with dcp.open(f"{url}/b.safetensors", **to) as opened:
+        assert torch.equal(opened.read(["w"])["w"], state_of(1)["w"])
+    with pytest.raises(ValueError, match="is on a local disk"):
+        to_safetensors(target, tmp_path / "b.safetensors", **to)
+    capsys.readouterr()
 
 
 def test_storage_options_reach_the_process_of_a_background_save(

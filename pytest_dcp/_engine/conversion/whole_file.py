@@ -30,6 +30,7 @@ from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io.disk import Out
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp.tracebacks import add_note
 
 LONGEST_STEM = 200
 """Bytes of a target's name in the temporary one: file systems allow 255 for the whole."""
@@ -49,10 +50,13 @@ def write_whole_file(folder: Folder, name: str) -> Iterator[Out]:
                 yield out
                 out.sync()  # Before the rename: the new name must not survive without its bytes.
             folder.replace(created[-1], name)
-    except BaseException:
+    except BaseException as error:
         # Ctrl-C may come as soon as the file exists.
         for temporary in created:
-            folder.remove(temporary)
+            try:
+                folder.remove(temporary)
+            except OSError as more:
+                add_note(error, f"{temporary} is still there: {more!r}")
         raise
     folder.sync()
 

@@ -83,7 +83,13 @@ class ObjectDisk:
         yield ObjectIn(self.fs, path)
 
     def replace(self, folder: str, old: str, new: str) -> None:
-        self.fs.mv(self._path(folder, old), self._path(folder, new))
+        old_path, new_path = self._path(folder, old), self._path(folder, new)
+        if self.renames:
+            self.fs.mv(old_path, new_path)
+            return
+        # Not by fsspec's own `mv`, which takes brackets and stars in names for patterns.
+        self.fs.cp_file(old_path, new_path)
+        self.fs.rm_file(old_path)
 
     def remove(self, folder: str, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
