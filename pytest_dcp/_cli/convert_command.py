@@ -106,8 +106,8 @@ def _choose_function(
         _refuse_options(kind, max_file_bytes=max_file_bytes, processes=processes)
         return to_torch_save
     if kind is TargetFormat.dcp:
-        _refuse_options(kind, max_file_bytes=max_file_bytes, processes=processes)
-        return to_dcp
+        _refuse_options(kind, max_file_bytes=max_file_bytes)
+        return partial(to_dcp, processes=processes)
     options: dict[str, Any] = {"skip_values": skip_values, "processes": processes}
     if max_file_bytes is not None:
         options["max_file_bytes"] = max_file_bytes

@@ -19,7 +19,11 @@ from pytest_dcp._engine.background.process import SaverProcess
 from pytest_dcp._engine.conversion import worker_processes
 from pytest_dcp._engine.conversion.worker_processes import SourceToOpen, choose_processes
 from pytest_dcp.checkpoint import convert
-from pytest_dcp.errors import CheckpointReplacedError, SaverProcessError
+from pytest_dcp.errors import (
+    CheckpointCorruptError,
+    CheckpointReplacedError,
+    SaverProcessError,
+)
 from support.states import numbered
 
 pytestmark = [
@@ -93,6 +97,43 @@ def test_a_process_that_is_killed_is_named_and_the_target_stays(
         )
     assert {f.name: f.read_bytes() for f in (tmp_path / "folder").iterdir()} == before
     assert all(line.process.poll() is not None for line in processes)
+
+
+def test_two_processes_save_the_checkpoint_that_one_saves(source: Path, tmp_path: Path) -> None:
+    reports, names = [], []
+    for processes in (1, 2):
+        seen: list[str] = []
+        target = tmp_path / str(processes)
+        reports.append(
+            convert.to_dcp(
+                source, target, processes=processes, dtype=torch.bfloat16, report=seen.append
+            )
+        )
+        names.append(sorted(seen))
+    one, two = (dcp.load_without_template(checkpoint_id=tmp_path / name) for name in ("1", "2"))
+    assert one["step"] == two["step"] == 7
+    assert one["net"].keys() == two["net"].keys()
+    assert all(torch.equal(one["net"][name], two["net"][name]) for name in one["net"])
+    with dcp.open(tmp_path / "2", verify="full") as opened:
+        assert not opened.find_coverage_problems()
+        assert not opened.find_stray_files()
+        assert opened.count_without_checksums() == 0
+        assert len(opened.files) == 3  # one of values, one of each process
+    assert reports[0].tensors == reports[1].tensors
+    assert reports[1].bytes_read >= sum(300 * 10 * 4 for _ in range(9))
+    assert names[0] == names[1]
+
+
+def test_a_failure_in_one_process_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    torch.save({"a": numbered(900), "b": numbered(901)}, tmp_path / "state.pt")
+    convert.to_dcp(tmp_path / "state.pt", tmp_path / "step")
+    before = sorted(os.listdir(tmp_path / "step"))
+    stored = (tmp_path / "state.pt").read_bytes()
+    place = stored.index(numbered(900).numpy().tobytes())
+    (tmp_path / "state.pt").write_bytes(stored[:place] + b"??" + stored[place + 2 :])
+    with pytest.raises(CheckpointCorruptError, match="CRC"):
+        convert.to_dcp(tmp_path / "state.pt", tmp_path / "step", processes=2)
+    assert sorted(os.listdir(tmp_path / "step")) == before
 
 
 PROGRAM = """

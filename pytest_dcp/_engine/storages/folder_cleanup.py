@@ -13,7 +13,7 @@ the metadata, other checkpoints of the folder are unknown, so files of other sav
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pytest_dcp._engine.io.commit import is_leftover, metadata_name, remove_unnamed
@@ -68,6 +68,10 @@ class FolderCleanup(FolderOfCheckpoint):
             remove(folder, lambda name: files_named(folder, name))
         except (OSError, CheckpointCorruptError) as error:
             logger.warning("%s: files of earlier saves are still there: %r", self.path, error)
+
+    def register_files(self, names: Iterable[str]) -> None:
+        """Let `discard` also remove files of these names, which other processes write."""
+        self._created_files |= {(self.path, name): None for name in names}
 
     def discard(self) -> None:
         """Remove this rank's files of a save that failed, unless it was committed after all."""
