@@ -35,7 +35,7 @@ Two ranks have saved halves of a 2x2 tensor `w`, one with this engine's bytes, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -97,6 +97,46 @@ def resolve_entry_places(
         catalog, places=replace(places, data_start=data_start, data_nbytes=data_nbytes)
     )
     return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocatedEntries:
+    """Places of entries that another rank has found: a part of a `ResolvedCatalog`, to be sent."""
+
+    entry: Ints
+    data_start: Ints
+    data_nbytes: Ints
+    odd_strides: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, found: ResolvedCatalog, entries: Ints) -> LocatedEntries:
+        """The places of these entries; wrappers of other tensors are left to each rank."""
+        entries = np.array([e for e in entries.tolist() if e not in found.wrapped], dtype=np.int64)
+        places, known = found.catalog.places, set(entries.tolist())
+        odd = {entry: stride for entry, stride in found.odd_strides.items() if entry in known}
+        return cls(entries, places.data_start[entries], places.data_nbytes[entries], odd)
+
+
+def unlocated_tensors(catalog: Catalog, entries: Ints) -> Ints:
+    """Those of these tensors whose entries must be parsed before their data can be read."""
+    places, index = catalog.places, catalog.index
+    entries = np.unique(entries)
+    lost = (places.data_start[entries] < 0) & (places.file[entries] >= 0)
+    lost &= index.ndim[index.key_of[entries]] >= 0
+    return entries[lost & ~np.isin(entries, list(places.transforms))]
+
+
+def apply_located(catalog: Catalog, some: Sequence[LocatedEntries]) -> ResolvedCatalog:
+    """The catalog with these places filled in."""
+    places = catalog.places
+    data_start, data_nbytes = places.data_start.copy(), places.data_nbytes.copy()
+    odd_strides: dict[int, tuple[int, ...]] = {}
+    for located in some:
+        data_start[located.entry] = located.data_start
+        data_nbytes[located.entry] = located.data_nbytes
+        odd_strides |= located.odd_strides
+    places = replace(places, data_start=data_start, data_nbytes=data_nbytes)
+    return ResolvedCatalog(replace(catalog, places=places), odd_strides)
 
 
 def _find(

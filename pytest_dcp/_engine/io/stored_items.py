@@ -10,7 +10,7 @@ counted leave.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,7 +20,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.io.checked_ranges import ByteCounts
 from pytest_dcp._engine.io.copy_plan import Targets, copies
-from pytest_dcp._engine.io.entry_places import ResolvedCatalog, resolve_entry_places
+from pytest_dcp._engine.io.entry_places import (
+    LocatedEntries,
+    ResolvedCatalog,
+    apply_located,
+    resolve_entry_places,
+)
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.plan_entries import match_entries
 from pytest_dcp._engine.io.progress_observer import Observer
@@ -42,6 +47,8 @@ class ItemSource:
     registry: ExtensionRegistry
     """Undoes the stream transforms of entries."""
     observer: Observer
+    located: Sequence[LocatedEntries] = ()
+    """Places that other ranks have found in entries that must be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,12 @@ def resolve_items(source: ItemSource, items: ReadItems) -> StoredItems:
     catalog = source.catalog
     items = match_entries(items, catalog.index)
     values = frozenset(items.entry[items.kind == READ_BYTES].tolist())
-    found = resolve_entry_places(source.folder, catalog, items.entry, values)
+    if source.located:
+        before = apply_located(catalog, source.located)
+        found = resolve_entry_places(source.folder, before.catalog, items.entry, values)
+        found.odd_strides |= before.odd_strides
+    else:
+        found = resolve_entry_places(source.folder, catalog, items.entry, values)
     return StoredItems(source, found, items, _sizes(items, found.catalog))
 
 

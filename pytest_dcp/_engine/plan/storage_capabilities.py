@@ -50,6 +50,7 @@ forwards attributes by `__getattr__` may have replaced just those:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
@@ -57,6 +58,7 @@ from typing import Any, Literal, Protocol
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from typing_extensions import TypeIs
 
+from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
 
@@ -181,8 +183,9 @@ class SharesReads(Protocol):
     """A reader that reads ranges of bytes for other ranks. Used by `load`, for `read`.
 
     `may_share_reads` is asked once, when the load begins. Then, where ranks share reads, after
-    planning: `offer_reads` on each rank, `share_reads` with what the coordinator makes of the
-    offers, and `prepare_data` and `read_data` as always.
+    planning: `unlocated_entries` on each rank, and if there are any, `locate_entries` for a part of
+    them; `offer_reads`; `share_reads` with what the coordinator makes of the offers; and
+    `prepare_data` and `read_data` as always.
     """
 
     is_far: bool
@@ -191,11 +194,19 @@ class SharesReads(Protocol):
     def may_share_reads(self) -> bool:
         """Whether it can: a subclass may read in its own way."""
 
+    def unlocated_entries(self, plan: LoadPlan) -> Ints:
+        """The entries of a plan that must be parsed before it is known where their data is."""
+
+    def locate_entries(self, entries: Ints) -> Any:
+        """Find the data of some entries for all ranks. The result can be sent (`coordinate.wire`);
+        each rank's goes into `offer_reads`."""
+
     def offer_reads(
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
         capabilities: LoadPlannerCapabilities,
+        located: Sequence[Any],
         *,
         insist: bool,
     ) -> Wants:
@@ -211,7 +222,8 @@ class SharesReads(Protocol):
 
 def shares_reads(reader: object) -> TypeIs[SharesReads]:
     """Whether a reader's class is a `SharesReads`."""
-    return _class_has(reader, "is_far", "may_share_reads", "offer_reads", "share_reads")
+    hooks = ("unlocated_entries", "locate_entries", "offer_reads", "share_reads")
+    return _class_has(reader, "is_far", "may_share_reads", *hooks)
 
 
 class CountedBytes(Protocol):

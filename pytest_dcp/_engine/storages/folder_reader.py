@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any, cast
 
@@ -20,18 +20,24 @@ from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
 from pytest_dcp._engine.io.disk import Disk, is_remote
+from pytest_dcp._engine.io.entry_places import (
+    LocatedEntries,
+    resolve_entry_places,
+    unlocated_tensors,
+)
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
-from pytest_dcp._engine.io.plan_entries import files_of
+from pytest_dcp._engine.io.plan_entries import files_of, match_entries
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
 from pytest_dcp._engine.io.shared_reading import ByteChannel, SharedReads
 from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
+from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
-from pytest_dcp._engine.plan.columns import ReadItems
+from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
 from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
@@ -266,23 +272,41 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         changes what is read."""
         return not self._overrides_streams() and not self._overrides_read_data()
 
+    def unlocated_entries(self, plan: LoadPlan) -> Ints:
+        """The entries of a plan that must be parsed before it is known where their data is."""
+        if self._metadata is None:
+            raise ValueError("set_up_storage_reader must be called before unlocated_entries")
+        catalog = self._catalog_of(self._metadata)
+        items = match_entries(ReadItems.of(plan.items), catalog.index)
+        return unlocated_tensors(catalog, items.entry[items.kind != READ_BYTES])
+
+    def locate_entries(self, entries: Ints) -> LocatedEntries:
+        """Find the data of some entries, for all ranks."""
+        if self._metadata is None:
+            raise ValueError("set_up_storage_reader must be called before locate_entries")
+        with self._noticing_a_replacement():
+            catalog = self._catalog_of(self._metadata)
+            found = resolve_entry_places(self._folder(), catalog, entries)
+        return LocatedEntries.of(found, entries)
+
     def offer_reads(
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
         capabilities: LoadPlannerCapabilities,
+        located: Sequence[LocatedEntries],
         *,
         insist: bool,
     ) -> Wants:
         """The ranges of bytes of a plan that other ranks may want, too; nothing is read yet.
 
-        insist: as for `Work.offer`.
+        located: what all ranks have found by `locate_entries`. insist: as for `Work.offer`.
         """
         if self._metadata is None:
             raise ValueError("set_up_storage_reader must be called before offer_reads")
         with self._noticing_a_replacement():
             catalog = self._catalog_of(self._metadata)
-            work = self._work_of(catalog, plan, planner, capabilities)
+            work = self._work_of(catalog, plan, planner, capabilities, located)
             wants = work.offer(insist=insist)
         self._offered = plan, work, wants
         return wants
@@ -347,6 +371,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         plan: LoadPlan,
         planner: LoadPlanner,
         capabilities: LoadPlannerCapabilities,
+        located: Sequence[LocatedEntries] = (),
     ) -> Work:
         source = ItemSource(
             self._folder(),
@@ -354,6 +379,7 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
             ReadSettings(self.verify, self.thread_count or reader_threads(), memory=self.memory),
             self.transforms.extension_registry,
             observer("load"),
+            located,
         )
         return resolve(source, ReadItems.of(plan.items), planner, capabilities)
 

@@ -9,8 +9,10 @@ not know which kind it is.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.io.shared_reading import ByteChannel
+from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
 from pytest_dcp._engine.plan.columns import has_values
 from pytest_dcp._engine.plan.hooks import require_complete
@@ -150,16 +153,26 @@ class LoadSource:
         """This rank's say in whether the ranks of a load share reads."""
         return wish_of(read, self.reader, ranks)
 
+    def unlocated(self, plan: LoadPlan) -> Ints:
+        """The entries of a plan that must be parsed before their data can be read."""
+        return self._sharing_reader().unlocated_entries(plan)
+
+    def locate(self, entries: Ints) -> Any:
+        """Where the data of these entries is, to be sent to all ranks."""
+        return self._sharing_reader().locate_entries(entries)
+
     def offer(
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
         capabilities: LoadPlannerCapabilities,
+        located: Sequence[Any],
         *,
         insist: bool,
     ) -> Wants:
         """The ranges of bytes that other ranks may want, too."""
-        return self._sharing_reader().offer_reads(plan, planner, capabilities, insist=insist)
+        reader = self._sharing_reader()
+        return reader.offer_reads(plan, planner, capabilities, located, insist=insist)
 
     def share(self, rank: int, share: ReadShare, channel: ByteChannel) -> None:
         """Read the plan that was offered together with other ranks."""

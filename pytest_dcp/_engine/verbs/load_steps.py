@@ -56,6 +56,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -79,11 +80,11 @@ from pytest_dcp._engine.verbs.compare_ranks import Found, Planned, check_togethe
 from pytest_dcp._engine.verbs.load_source import LoadSource
 from pytest_dcp._engine.verbs.phase_timing import Phases
 from pytest_dcp._engine.verbs.shared_reading import (
-    WORTHWHILE_BYTES,
     Deal,
     Offer,
     Read,
     agree_on_sharing,
+    divide_entries,
     make_deals,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
@@ -258,19 +259,28 @@ class Load:
         """Find out what this rank reads for others; `exchange` closes the connections to them."""
         channel = exchange.enter_context(closing(team.open_byte_exchange()))
         insist = self.request.read == "shared"
+        located = self._locate(team, plan)
 
         def offer() -> Offer:
             wants = self.source.offer(
-                self._finish(plan), self.planner, self.capabilities, insist=insist
+                self._finish(plan), self.planner, self.capabilities, located, insist=insist
             )
             return Offer(wants, channel.token)
 
-        least_bytes = 1 if insist else WORTHWHILE_BYTES
-        deal = team.reduce_scatter("share", offer, lambda all_: make_deals(all_, least_bytes))
+        deal = team.reduce_scatter("share", offer, partial(make_deals, insist=insist))
         if deal is None or not self._connect(team, channel, deal, insist=insist):
             exchange.close()
         else:
             self.source.share(team.rank, deal.share, channel)
+
+    def _locate(self, team: Team, plan: LoadPlan) -> list[Any]:
+        """Where the data is in entries that must be parsed, which takes small reads: each rank
+        looks into its part of them."""
+        lost = team.all_gather("locate", lambda: self.source.unlocated(self._finish(plan)))
+        if not any(map(len, lost)):
+            return []
+        mine = divide_entries(lost, team.rank)
+        return team.all_gather("located", lambda: self.source.locate(mine))
 
     def _connect(self, team: Team, channel: ByteExchange, deal: Deal, *, insist: bool) -> bool:
         """Connect to the ranks that get bytes from this one; whether that worked on all ranks.
@@ -312,7 +322,7 @@ class Load:
     def _may_repeat(self, error: StepError) -> bool:
         """Whether another try may succeed, and does no harm. The same on every rank."""
         causes = [cause for cause, _ in error.failures.values()]
-        has_read = error.step in ("share", "connect", "read")
+        has_read = error.step != "plan"
         return self.capabilities.may_repeat(has_read=has_read) and all(
             isinstance(cause, CheckpointReplacedError) for cause in causes
         )

@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import numpy as np
 from torch.distributed.checkpoint.storage import StorageReader
 
 from pytest_dcp._engine.coordinate.sent_classes import record
+from pytest_dcp._engine.io.entry_places import LocatedEntries
+from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants, share_reads
 from pytest_dcp._engine.plan.storage_capabilities import shares_reads
 from pytest_dcp.rank_names import ranks_text
@@ -29,7 +32,9 @@ Read = Literal["auto", "local", "shared"]
 WORTHWHILE_BYTES = 1 << 20
 """Less reading than this is not worth another step and connections, for "auto"."""
 MOST_RANKS = 256
-"""Of a group for "auto": each rank connects to all that want the same bytes."""
+"""Of a group for "auto": the coordinator compares what all of them want."""
+MOST_RECEIVERS = 64
+"""Of one rank for "auto": it connects to each of them, and sends each bucket as many times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Deal:
     """Of the ranks to which it sends."""
 
 
-record(SharingWish, Offer, Deal, Wants, ReadShare)
+record(SharingWish, Offer, Deal, Wants, ReadShare, LocatedEntries)
 
 
 def checked_read(read: str, reader: StorageReader) -> Read:
@@ -93,15 +98,40 @@ def agree_on_sharing(wishes: Sequence[SharingWish]) -> bool:
     return all(wish.is_ready for wish in wishes)
 
 
-def make_deals(offers: Sequence[Offer], least_bytes: int) -> list[Deal | None]:
-    """On the coordinator: each rank's part; None for all if too little is wanted twice."""
+def divide_entries(ranks_entries: Sequence[Ints], rank: int) -> Ints:
+    """The part of these entries that one rank looks into, of those that it wants itself.
+
+    ranks_entries: of each rank, ascending.
+
+    >>> both = np.arange(4)
+    >>> [divide_entries([both, both, np.array([7])], rank).tolist() for rank in range(3)]
+    [[0, 1, 2], [3], [7]]
+    """
+    every = np.unique(np.concatenate(ranks_entries))
+    is_wanted = np.array([np.isin(every, some) for some in ranks_entries])
+    wanters = is_wanted.sum(axis=0)
+    # The n-th of all entries goes to the wanter at the same relative place: neighbours together.
+    turn = np.arange(len(every)) * wanters // max(len(every), 1)
+    mine: Ints = every[is_wanted[rank] & (is_wanted[:rank].sum(axis=0) == turn)]
+    return mine
+
+
+def make_deals(offers: Sequence[Offer], *, insist: bool) -> list[Deal | None]:
+    """On the coordinator: each rank's part; None for all if sharing is not worth it.
+
+    insist: whether everything that is wanted twice is shared, however little it is.
+    """
+    least_bytes = 1 if insist else WORTHWHILE_BYTES
     shares = share_reads([offer.wants for offer in offers], least_bytes)
     if shares is None:
         return [None] * len(offers)
+    receivers = [_receivers_of(rank, share) for rank, share in enumerate(shares)]
+    if not insist and max(map(len, receivers)) > MOST_RECEIVERS:
+        return [None] * len(offers)
     tokens = [offer.token for offer in offers]
     return [
-        Deal(share, {to: tokens[to] for to in _receivers_of(rank, share)})
-        for rank, share in enumerate(shares)
+        Deal(share, {to: tokens[to] for to in ranks})
+        for share, ranks in zip(shares, receivers, strict=True)
     ]
 
 

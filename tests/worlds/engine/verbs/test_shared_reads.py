@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,31 @@ def test_torchs_checkpoints_are_shared(checkpoint_dir: Path, layout: str) -> Non
     assert same(loaded, wanted)
 
 
+def test_the_ranks_read_of_torchs_checkpoint_what_one_rank_alone_reads(
+    store: Path, rank: int
+) -> None:
+    """Beside the tensors that is a little at the end of each entry, to find them."""
+    wanted = {f"w{n}": numbered(1000, 300, start=n) for n in range(4)}
+    torch_dcp.save(wanted, checkpoint_id=store / "local")
+    if rank == 0:
+        (store / "objects").mkdir(exist_ok=True)
+        for path in (store / "local").iterdir():
+            path.rename(store / "objects" / f"runs\\last\\{path.name}")
+        settle(store)
+        (store / "requests").touch()
+    dist.barrier()
+    loaded, _ = shared(wanted, storage_reader=FsspecReader(URL, root=str(store)))
+    assert same(loaded, wanted)
+    together = bytes_fetched(store)
+    if rank == 0:
+        with without_warnings(DISABLED):
+            reader = FsspecReader(URL, root=str(store))
+            dcp.load(blank(wanted), storage_reader=reader, no_dist=True)
+    alone = bytes_fetched(store) - together
+    assert together / alone == pytest.approx(1.00, abs=0.01)
+    assert alone / bytes_stored(store) < 1.25
+
+
 def test_tensors_that_torch_stored_column_by_column(checkpoint_dir: Path) -> None:
     stored = {"w": numbered(300, 200).T, "b": numbered(300)}
     torch_dcp.save(stored, checkpoint_id=checkpoint_dir)
@@ -255,6 +281,21 @@ def test_bytes_that_one_rank_wants_beside_those_it_shares(checkpoint_dir: Path, 
     counts = torch.tensor(report.bytes_read)
     dist.all_reduce(counts)
     assert counts == full.nbytes
+
+
+def test_two_loads_at_once_in_threads_and_groups_of_their_own(checkpoint_dir: Path) -> None:
+    states = [{"w": numbered(900, 1000, start=n)} for n in range(2)]
+    for n, state in enumerate(states):
+        dcp.save(state, checkpoint_id=checkpoint_dir / str(n))
+    groups = [dist.new_group() for _ in states]
+
+    def load(n: int) -> dict[str, Any]:
+        place = checkpoint_dir / str(n)
+        return shared(states[n], checkpoint_id=place, process_group=groups[n])[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(load, range(2)))
+    assert same(loaded, states)
 
 
 def test_ranks_that_have_different_keys(checkpoint_dir: Path, rank: int) -> None:
@@ -383,6 +424,17 @@ def test_alone_a_rank_shares_with_no_other(checkpoint_dir: Path) -> None:
     dcp.save(wanted, checkpoint_id=checkpoint_dir)
     with without_warnings(DISABLED):
         loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir, no_dist=True)
+    assert same(loaded, wanted)
+
+
+@pytest.mark.world_size(4)
+def test_ranks_with_a_shared_key_seal_the_buckets(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCP_SHARED_KEY", "0123456789abcdef")
+    wanted = laid_out("replicated")
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    loaded, _ = shared(wanted, checkpoint_id=checkpoint_dir)
     assert same(loaded, wanted)
 
 
