@@ -35,7 +35,7 @@ def select_keys(catalog: Catalog, keys: Ints) -> Catalog:
     counts = index.first[keys + 1] - index.first[keys]
     rows = np.repeat(index.first[keys], counts) + spans(counts)
     part = Index(
-        fqns=tuple(index.fqns[key] for key in keys.tolist()),
+        fqns=index.names_at(keys),
         property_of=index.property_of[keys],
         properties=index.properties,
         ndim=index.ndim[keys],

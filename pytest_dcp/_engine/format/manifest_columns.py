@@ -15,7 +15,7 @@ checks every rule of the catalog. The arrays it returns are read-only views of t
 
 The columns, of n keys, c chunks and tensors of at most k dimensions:
 
-    fqns           bytes     the keys, joined as `packed_names.pack_names` does
+    fqns           bytes     the keys, joined as `pack_names` does
     property_of    n i4      positions in the header's properties; -1: a byte value
     ndim           n i2      dimensions; -1: a byte value
     size           n*k i8    the full tensors, padded with 1
@@ -85,6 +85,7 @@ from pytest_dcp._engine.format.catalog_checks import (
     check_files,
     check_groups,
     check_keys,
+    check_names,
 )
 from pytest_dcp._engine.format.further_fields import decode_further, encode_further
 from pytest_dcp._engine.format.manifest_header import (
@@ -106,9 +107,10 @@ from pytest_dcp._engine.format.manifest_layout import (
     view_columns,
 )
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit, estimate_json_bytes
-from pytest_dcp._engine.plan import packed_names
 from pytest_dcp._engine.plan.column_table import ColumnTable
 from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.packed_index import PackedIndex, pack_index
+from pytest_dcp._engine.plan.packed_names import Fqns, PackedNames, pack_names, unpack_names
 from pytest_dcp.errors import CheckpointCorruptError
 
 MAGIC = b"\x89DCPcat\n"
@@ -133,8 +135,8 @@ def encode_pieces(catalog: Catalog) -> Iterator[bytes | memoryview]:
     header: dict[str, Any] = {"block_bytes": places.block_bytes}
     header["properties"] = [name_properties(p) for p in index.properties]
     columns: dict[str, Any] = {
-        "fqns": packed_names.pack_names(index.fqns),
-        "files": packed_names.pack_names(places.files),
+        "fqns": pack_names(index.fqns),
+        "files": pack_names(places.files),
         **{name: getattr(index, name) for name in Index.column_names()},
         **{name: getattr(places, name) for name in EntryPlaces.column_names()},
     }
@@ -211,8 +213,11 @@ def open_keys(
         if name not in CHUNK_COLUMNS:
             fill_range(at, stop)
     columns = view_columns(buffer, spans, counts)
-    # Each path is checked when it is made: to check all would take longer than all else here.
-    catalog = _catalog(header, columns, _refuse_pickle, check_paths=False)
+    # Names and paths are made, and checked, when they are used: with many keys it would take longer
+    # than all else here.
+    catalog = _catalog(header, columns, _refuse_pickle, later=True)
+    if not isinstance(catalog.index, PackedIndex):
+        check_names(catalog.index)
     check_keys(catalog.index)
     check_files(catalog.places)
     return OpenedManifest(catalog, spans, counts)
@@ -239,10 +244,11 @@ Table = TypeVar("Table", bound=ColumnTable)
 
 
 def _with_chunks(table: Table, columns: Columns) -> Table:
-    names = CHUNK_COLUMNS.intersection(table.column_names())
-    keys: Any = table
-    chosen: Table = replace(keys, **{name: columns[name] for name in names})
-    return chosen
+    # Not dataclasses.replace, which would make all names.
+    whole = type(table).__new__(type(table))
+    chunks = {name: columns[name] for name in CHUNK_COLUMNS.intersection(table.column_names())}
+    whole.__dict__.update(vars(table) | chunks)
+    return whole
 
 
 # ---- writing
@@ -337,10 +343,10 @@ def _catalog(
     whole: Callable[[], Metadata],
     further: memoryview | None = None,
     *,
-    check_paths: bool = True,
+    later: bool = False,
 ) -> Catalog:
     try:
-        catalog = _make_catalog(header, columns, whole, check_paths=check_paths)
+        catalog = _make_catalog(header, columns, whole, later=later)
         if further:
             attributes, beside = decode_further(further)
             catalog = replace(catalog, further=attributes, beside=beside)
@@ -356,24 +362,24 @@ def _make_catalog(
     columns: Columns,
     whole: Callable[[], Metadata],
     *,
-    check_paths: bool,
+    later: bool,
 ) -> Catalog:
-    fqns = packed_names.unpack_names(columns["fqns"].tobytes())
-    files = packed_names.unpack_names(columns["files"].tobytes())
+    block = columns["fqns"].tobytes()
+    later = later and PackedNames.can_search(block)
+    fqns: Fqns | PackedNames = PackedNames(block) if later else unpack_names(block)
+    files = unpack_names(columns["files"].tobytes())
     if len(fqns) != len(columns["ndim"]):
         raise ValueError(f"{len(fqns)} names for {len(columns['ndim'])} keys")
     if type(header["block_bytes"]) is not int:
         raise TypeError(f"blocks of {header['block_bytes']!r:.80} bytes")
-    index = Index(
-        fqns=fqns,
-        properties=tuple(read_properties(fields) for fields in header["properties"]),
-        **{name: columns[name] for name in Index.column_names()},
-    )
+    facts: dict[str, Any] = {name: columns[name] for name in Index.column_names()}
+    facts["properties"] = tuple(read_properties(fields) for fields in header["properties"])
+    index = pack_index(fqns, **facts) if isinstance(fqns, PackedNames) else Index(fqns, **facts)
     places = EntryPlaces(
         files=files,
         block_bytes=header["block_bytes"],
         transforms=read_transforms(header["transforms"], columns["transform_of"]),
         **{name: columns[name] for name in EntryPlaces.column_names()},
     )
-    extras = decode_extras(header["said"], fqns, columns, whole, check_paths=check_paths)
+    extras = decode_extras(header["said"], fqns, columns, whole, check_paths=not later)
     return Catalog(index, places, **extras)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorP
 
 from pytest_dcp._engine.format import planner_paths
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
-from pytest_dcp._engine.plan.packed_names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns, PackedNames
 
 _SAID = ("planner_data", "storage_meta", "version")
 _NONE, IN_PICKLE, _PATHS, _VALUE = "none", "pickle", "paths", "value"
@@ -111,7 +111,7 @@ def read_transforms(
 
 def decode_extras(
     extras: Mapping[str, Sequence[Any]],
-    fqns: Fqns,
+    fqns: Fqns | PackedNames,
     columns: Mapping[str, NDArray[Any]],
     whole: Callable[[], Metadata],
     *,

@@ -46,7 +46,7 @@ COUNTS = (
 CHUNK_COLUMNS = frozenset(
     name for name, _, rows, _ in COLUMNS if rows in ("chunks", "chunk_ends", "sums")
 )
-"""Those that take most of the manifest of a large job."""
+"""They take most of the manifest of a large job."""
 Columns = Mapping[str, NDArray[Any]]
 
 

@@ -21,7 +21,7 @@ class ManifestPages:
 
     def __init__(self, read: ReadRange, start: int, length: int, table: PageTable) -> None:
         """start: of the manifest in the file. length: its bytes, at least one."""
-        self.pages_read = 0
+        self.pages_read = self._not_counted = 0
         self._read = read
         self._start = start
         self._table = table
@@ -35,8 +35,12 @@ class ManifestPages:
 
     @property
     def part_read(self) -> float:
-        """Which part of all pages has been read."""
-        return self.pages_read / len(self._is_filled)
+        """Which part of all pages has been read since `start_count`."""
+        return (self.pages_read - self._not_counted) / len(self._is_filled)
+
+    def start_count(self) -> None:
+        """Do not count the pages that have been read until now."""
+        self._not_counted = self.pages_read
 
     def fill_range(self, start: int, end: int) -> None:
         """Read and check the pages of these bytes, unless that was done before.

@@ -137,7 +137,7 @@ def open_pages(
 
     read: reads from the file; it is called whenever something is read that was not needed before.
 
-    Raises CheckpointCorruptError if what is read is damaged.
+    Raises CheckpointCorruptError if a part that is read is damaged.
     """
     at = size - TRAILER_BYTES
     if size < page_table.TABLE_FROM_BYTES:

@@ -34,7 +34,7 @@ from pytest_dcp._engine.format.manifest_layout import CHUNK_COLUMNS
 from pytest_dcp._engine.format.manifest_pages import ManifestPages
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.column_table import ColumnTable
-from pytest_dcp._engine.plan.index import Index
+from pytest_dcp._engine.plan.packed_index import PackedIndex
 from pytest_dcp.errors import CheckpointCorruptError
 
 if TYPE_CHECKING:  # Self is in `typing` from Python 3.11 on
@@ -63,6 +63,7 @@ class PagedManifest:
         self.file: str | None = None
         """The name of its file, for errors."""
         self._pages: ManifestPages | None = pages
+        pages.start_count()
         self._catalog = opened.catalog
         self._spans = opened.spans
         self._read_all = read_all
@@ -166,28 +167,30 @@ class _FilledLater(ColumnTable):
         paged = cls.__new__(cls)
         # With the values of cached properties, such as the dict of names.
         values = {name: v for name, v in vars(table).items() if name not in CHUNK_COLUMNS}
-        paged.__dict__.update(values, manifest=manifest)
+        paged.__dict__.update(values, manifest=manifest, source_file=manifest.file)
         return paged
 
     def __getattr__(self, name: str) -> Any:
         manifest = self.manifest
         if manifest is None or name not in CHUNK_COLUMNS or name not in self.column_names():
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return self._find_attribute(name)
         table = self._table_of(manifest.whole())
         self.__dict__.update(vars(table))
         return self.__dict__[name]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        plain: Any = type(self).__mro__[2]
-        return plain, tuple(getattr(self, f.name) for f in fields(plain))
+    def _find_attribute(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @staticmethod
     def _table_of(catalog: Catalog) -> ColumnTable:
         raise NotImplementedError
 
 
-class PagedIndex(_FilledLater, Index):
+class PagedIndex(_FilledLater, PackedIndex):
     """An index whose chunks are read with the first use of one of their columns."""
+
+    def _find_attribute(self, name: str) -> Any:
+        return PackedIndex.__getattr__(self, name)
 
     @staticmethod
     def _table_of(catalog: Catalog) -> ColumnTable:
@@ -196,6 +199,9 @@ class PagedIndex(_FilledLater, Index):
 
 class PagedPlaces(_FilledLater, EntryPlaces):
     """Places of chunks, read with the first use of one of their columns."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EntryPlaces, tuple(getattr(self, f.name) for f in fields(EntryPlaces))
 
     @staticmethod
     def _table_of(catalog: Catalog) -> ColumnTable:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pytest_dcp._engine.plan.containers import DescribedPaths, description_of
 from pytest_dcp._engine.plan.lazy_containers import LazyDict
-from pytest_dcp._engine.plan.packed_names import Fqns
+from pytest_dcp._engine.plan.packed_names import Fqns, PackedNames
 from pytest_dcp.errors import CheckpointCorruptError
 
 Path = tuple[str | int, ...]
@@ -40,7 +40,7 @@ class PathTable(LazyDict[str, Path]):
 
     def __init__(
         self,
-        fqns: Fqns,
+        fqns: Fqns | PackedNames,
         form_of: NDArray[np.int32],
         forms: tuple[Form, ...],
         extra: dict[str, Path],
@@ -56,7 +56,7 @@ class PathTable(LazyDict[str, Path]):
         self._row_of: dict[str, int] | None = None
         # json treats a dict subclass as empty if its own storage is empty.
         for row in np.flatnonzero(form_of >= 0)[:1].tolist():
-            dict.__setitem__(self, fqns[row], self._path(row))
+            dict.__setitem__(self, _name_at(fqns, row), self._path(row))
         for fqn in islice(extra, 1):
             dict.__setitem__(self, fqn, extra[fqn])
 
@@ -65,7 +65,7 @@ class PathTable(LazyDict[str, Path]):
         """The row of each name that has a form, and -1 for the names in `extra`."""
         if self._row_of is None:
             rows = np.flatnonzero(self.form_of >= 0).tolist()
-            self._row_of = {self.fqns[row]: row for row in rows}
+            self._row_of = {_name_at(self.fqns, row): row for row in rows}
             self._row_of.update(dict.fromkeys(self.extra, _NO_PATH))
         return self._row_of
 
@@ -77,7 +77,14 @@ class PathTable(LazyDict[str, Path]):
         return self.extra[key] if row < 0 else self._path(row)
 
     def _path(self, row: int) -> Path:
-        return _checked_path_of(self.fqns[row], self.forms[self.form_of[row]])
+        return _checked_path_of(_name_at(self.fqns, row), self.forms[self.form_of[row]])
+
+
+def _name_at(fqns: Fqns | PackedNames, row: int) -> str:
+    try:
+        return fqns[row]
+    except ValueError as error:
+        raise CheckpointCorruptError(f"expected a name, got {error!r:.200}") from None
 
 
 def path_of(fqn: str, form: Form) -> Path:
@@ -146,7 +153,11 @@ def _is_path(path: object) -> bool:
 
 
 def unpack_paths(
-    fqns: Fqns, rows: NDArray[np.int32], text: bytes, *, check_each: bool = True
+    fqns: Fqns | PackedNames,
+    rows: NDArray[np.int32],
+    text: bytes,
+    *,
+    check_each: bool = True,
 ) -> PathTable:
     """The paths of `pack_paths`.
 
@@ -164,9 +175,9 @@ def unpack_paths(
         raise CheckpointCorruptError(f"expected the planner's paths, got {error!r:.200}") from None
     if rows.size and not (rows.min() >= _NO_PATH and rows.max() < len(forms)):
         raise CheckpointCorruptError(f"expected forms of paths below {len(forms)}, got others")
-    if check_each:
+    if check_each and isinstance(fqns, tuple):
         _check_forms(fqns, rows, forms)
-    formed = {fqns[row] for row in np.flatnonzero(rows >= 0).tolist()} if extra else set()
+    formed = {_name_at(fqns, row) for row in np.flatnonzero(rows >= 0).tolist()} if extra else set()
     if len(extra) != len(document["extra"]) or not extra.keys().isdisjoint(formed):
         raise CheckpointCorruptError("expected one path a key of the planner, got two of some")
     return PathTable(fqns, rows, forms, extra, description)

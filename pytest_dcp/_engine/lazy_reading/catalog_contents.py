@@ -112,12 +112,12 @@ class CatalogContents:
 
     def has(self, name: str) -> bool:
         """Whether it has this name."""
-        return name in self._catalog.index.row_of
+        return self._catalog.index.find_row(name) is not None
 
     def describe(self, name: str) -> TensorFacts | None:
         """The tensor of this name; None if it is a value."""
         index = self._catalog.index
-        row = index.row_of[name]
+        row = self._row_of(name)
         ndim = int(index.ndim[row])
         if ndim < 0:
             return None
@@ -289,9 +289,14 @@ class CatalogContents:
             self._open_files.close()
 
     def _part(self, names: Sequence[str]) -> Catalog:
-        row_of = self._catalog.index.row_of
-        keys = np.array([row_of[name] for name in dict.fromkeys(names)], dtype=np.int64)
+        keys = np.array([self._row_of(name) for name in dict.fromkeys(names)], dtype=np.int64)
         return select_part(self._catalog, keys)
+
+    def _row_of(self, name: str) -> int:
+        row = self._catalog.index.find_row(name)
+        if row is None:
+            raise KeyError(name)
+        return row
 
     def _source(self, catalog: Catalog) -> ItemSource:
         return ItemSource(self._folder, catalog, self._settings, self._registry, Observer("load"))

@@ -75,6 +75,14 @@ class Index(ColumnTable):
         """The row of each key."""
         return {fqn: row for row, fqn in enumerate(self.fqns)}
 
+    def find_row(self, fqn: str) -> int | None:
+        """The row of a key; None if there is none of this name."""
+        return self.row_of.get(fqn)
+
+    def names_at(self, rows: Ints) -> Fqns:
+        """The names of these keys."""
+        return tuple(map(self.fqns.__getitem__, rows.tolist()))
+
     @cached_property
     def key_of(self) -> Ints:
         """(chunks,) the key that each chunk belongs to."""

@@ -1,4 +1,4 @@
-"""A folder's metadata file: where it is, and the catalog in it; what reader and writer share."""
+"""A folder's metadata file: where it is, and the catalog in it. Reader and writer use it."""
 
 from __future__ import annotations
 

@@ -365,12 +365,60 @@ def test_sums_outside_of_the_column_are_refused(shift: int) -> None:
         lambda index: replace(index, first=changed_at(index.first, 3, -1)),
         lambda index: replace(index, ndim=changed_at(index.ndim, 3, 3)),
         lambda index: replace(index, property_of=changed_at(index.property_of, 3, 1)),
-        lambda index: replace(index, fqns=("layers.1.weight", *index.fqns[1:])),
+        lambda index: replace(index, fqns=('"', "", *index.fqns[2:-1], '"')),
+        lambda index: replace(index, fqns=index.fqns[1:]),
     ],
 )
 def test_wrong_keys_are_refused_at_the_opening(change: Callable[[Index], Index]) -> None:
     with pytest.raises(CheckpointCorruptError):
         opened(encode_hostile(replace(TRUTH, index=change(TRUTH.index))))
+
+
+def test_too_few_names_are_refused_at_the_opening() -> None:
+    index = replace(TRUTH.index, fqns=TRUTH.index.fqns[1:])
+    hostile = encode_hostile(replace(TRUTH, index=index, planner_data=None))
+    with pytest.raises(CheckpointCorruptError, match=f"{KEYS + 1} names for {KEYS + 2} keys"):
+        opened(hostile)
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (0, KEYS + 1), (7, 8), (3, KEYS)])
+def test_a_name_that_is_there_twice_is_refused_when_it_is_touched(rows: tuple[int, int]) -> None:
+    fqns = list(TRUTH.index.fqns)
+    fqns[rows[1]] = twice = fqns[rows[0]]
+    hostile = encode_hostile(replace(TRUTH, index=replace(TRUTH.index, fqns=tuple(fqns))))
+    index = opened(hostile).index
+    assert index.find_row("layers.20.weight") == 20
+    for touch in (
+        lambda index: index.find_row(twice),
+        lambda index: index.fqns,
+        lambda index: index.row_of,
+    ):
+        with pytest.raises(CheckpointCorruptError, match="once, got it twice") as found:
+            touch(opened(hostile).index)
+        assert (found.value.entry, found.value.file) == (twice, ".metadata")
+
+
+def test_names_that_are_no_utf8_are_refused_when_they_are_touched() -> None:
+    data = bytearray(manifest_columns.encode(TRUTH))
+    data[data.index(b"layers.7.weight")] = 0xFF
+    hostile = add_table(WITHOUT_TABLE, bytes(data))
+    assert is_right(part_of(opened(hostile), 3), 3)
+    with pytest.raises(CheckpointCorruptError, match="expected a name"):
+        part_of(opened(hostile), 7)
+    with pytest.raises(CheckpointCorruptError, match="expected names"):
+        _ = opened(hostile).index.fqns
+    with pytest.raises(CheckpointCorruptError, match="expected a name"):
+        dict(opened(hostile).planner_data)
+
+
+def test_a_path_that_does_not_fit_its_name_is_refused_when_it_is_used() -> None:
+    data = bytearray(manifest_columns.encode(TRUTH))
+    at = data.index(b"layers.7.weight")
+    data[at : at + 15] = b"layers_7.weight"
+    catalog = opened(add_table(WITHOUT_TABLE, bytes(data)))
+    assert catalog.planner_data["layers.3.weight"] == ("layers", 3, "weight")
+    with pytest.raises(CheckpointCorruptError, match="a form of 2 words"):
+        catalog.planner_data["layers_7.weight"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\0b"])
