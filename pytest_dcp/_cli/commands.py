@@ -246,7 +246,7 @@ def _describe(lazy: Lazy) -> dict[str, Any]:
         "kind": "tensor",
         "dtype": str(lazy.dtype).removeprefix("torch."),
         "shape": list(lazy.shape),
-        "shards": len(lazy.shards),
+        "shards": lazy.shard_count,
         "nbytes": lazy.nbytes,
     }
 

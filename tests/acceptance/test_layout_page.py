@@ -73,6 +73,9 @@ class FakeContents:
             for x in (0, 1)
         )
 
+    def count_shards(self, name: str) -> int:
+        return len(self.shards(name))
+
     def stored_nbytes(self, name: str) -> int:
         return 20
 

@@ -1,4 +1,4 @@
-"""Times opening and converting checkpoints: ours, torch's and safetensors', alternating in one run.
+"""Times opening, comparing and converting checkpoints: ours, torch's and safetensors', in turn.
 
     python tests/benchmarks/bench_opened.py [--rounds N] [--only NAME]... [--quick] [--folder DIR]
         [--out DIR] [--guide PAGE]
@@ -137,20 +137,6 @@ def read_columns(folder: Path) -> object:
     return index.offset.sum() + places.sums.sum(dtype=np.int64)
 
 
-def compare_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
-    """Two equal checkpoints, whose checksums show it."""
-    chunks = 1000 * (256 // scale)
-    for name in ("one", "other"):
-        write_large_index(folder / name, chunks)
-
-    def compare() -> None:
-        with dcp.open(folder / "one") as one, dcp.open(folder / "other") as other:
-            if compare_checkpoints(one, other, read=False) or one.bytes_read:
-                raise RuntimeError("the checkpoints are equal by their checksums")
-
-    yield f"open and compare two equal checkpoints of {chunks:,} chunks", {"ours": compare}
-
-
 def write_large_index(folder: Path, chunks: int) -> None:
     """A checkpoint of `chunks` rows of 16 elements, in tensors of 1,000 rows and in 16 files."""
     keys, files = chunks // 1000, 16
@@ -186,6 +172,102 @@ def write_large_index(folder: Path, chunks: int) -> None:
         (folder / name).write_bytes(entries)
     catalog = Catalog(index, places, storage_meta=StorageMeta(save_id="large"))
     (folder / ".metadata").write_bytes(b"".join(metadata_file.encode(catalog)))
+
+
+def look_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
+    """What `ls` and `diff` do, without the printing. Torch has neither: a program reads the index,
+    or loads both checkpoints."""
+    state = {f"layers.{n}.weight": torch.randn(256, 64) for n in range(1000 // scale)}
+    chunks = 256_000 // scale // 1000 * 1000
+    dcp.save(state, checkpoint_id=folder / "names")
+    torch_dcp.save(state, checkpoint_id=folder / "torchs-names")
+    for name in ("large-a", "large-b"):
+        write_large_index(folder / name, chunks)
+
+    def list_names(name: str) -> Method:
+        def run() -> object:
+            with dcp.open(folder / name) as opened:
+                return [opened[one].table_row() for one in opened]
+
+        return run
+
+    def read_metadata(*names: str) -> Method:
+        def run() -> object:
+            found = [torch_dcp.FileSystemReader(folder / name).read_metadata() for name in names]
+            return [
+                (fqn, getattr(facts, "size", None), len(getattr(facts, "chunks", ())))
+                for metadata in found
+                for fqn, facts in metadata.state_dict_metadata.items()
+            ]
+
+        return run
+
+    def compare_equal() -> None:
+        with dcp.open(folder / "large-a") as one, dcp.open(folder / "large-b") as other:
+            if compare_checkpoints(one, other) or one.bytes_read:
+                raise RuntimeError("the checkpoints are equal by their checksums")
+
+    yield (
+        f"ls, {len(state):,} tensors",
+        {
+            "ours, own checkpoint": list_names("names"),
+            "ours, torch's checkpoint": list_names("torchs-names"),
+            "torch, read_metadata and a loop": read_metadata("torchs-names"),
+        },
+    )
+    yield (
+        f"ls, {chunks:,} chunks",
+        {
+            "ours": list_names("large-a"),
+            "torch, read_metadata and a loop": read_metadata("large-a"),
+        },
+    )
+    yield (
+        f"diff, equal, {chunks:,} chunks",
+        {
+            "ours, by checksums": compare_equal,
+            "torch, read_metadata of both": read_metadata("large-a", "large-b"),
+        },
+    )
+    yield from diff_cases(folder, scale)
+
+
+def diff_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
+    """256 MiB of which one tensor differs."""
+    state = {f"layers.{n}.weight": torch.randn(1024, 1024 // scale) for n in range(64)}
+    mib = sum(tensor.nbytes for tensor in state.values()) // MIB
+    for engine, name in ((dcp, "d"), (torch_dcp, "torchs-d")):
+        engine.save(state, checkpoint_id=folder / f"{name}1")
+        changed = state | {NAME: state[NAME] + 1}
+        engine.save(changed, checkpoint_id=folder / f"{name}2")
+
+    def load_both(name: str) -> Method:
+        def run() -> object:
+            sides = []
+            for n in (1, 2):
+                target = {key: torch.empty_like(tensor) for key, tensor in state.items()}
+                torch_dcp.load(target, checkpoint_id=folder / f"{name}{n}", no_dist=True)
+                sides.append(target)
+            return [key for key in state if not torch.equal(sides[0][key], sides[1][key])]
+
+        return run
+
+    yield (
+        f"diff, {mib} MiB, one tensor of 64 differs",
+        {
+            "ours, by checksums": lambda: compare(folder / "d1", folder / "d2"),
+            "ours, torch's checkpoints": lambda: compare(
+                folder / "torchs-d1", folder / "torchs-d2"
+            ),
+            "torch, loads of both": load_both("torchs-d"),
+        },
+    )
+
+
+def compare(first: Path, second: Path) -> object:
+    """The differences that `diff` prints."""
+    with dcp.open(first) as one, dcp.open(second) as other:
+        return compare_checkpoints(one, other)
 
 
 def convert_cases(folder: Path, scale: int) -> Iterator[tuple[str, dict[str, Method]]]:
@@ -270,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(tempfile.mkdtemp(prefix="bench-opened-", dir=options.folder))
     rows: list[Row] = []
     try:
-        for cases in (open_cases, compare_cases, convert_cases):
+        for cases in (open_cases, look_cases, convert_cases):
             for case, methods in cases(work, scale):
                 if any(fnmatch.fnmatch(case, one) for one in options.only or ["*"]):
                     rows += measure(case, methods, rounds)

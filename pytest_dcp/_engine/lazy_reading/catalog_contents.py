@@ -137,6 +137,12 @@ class CatalogContents:
             for offset, shape, file, size in boxes
         )
 
+    def count_shards(self, name: str) -> int:
+        """How many boxes a tensor is stored in."""
+        index = self._catalog.index
+        row = index.row_of[name]
+        return int(index.first[row + 1] - index.first[row])
+
     def stored_nbytes(self, name: str) -> int:
         """Bytes of the tensor's stored elements, or of the value's entries."""
         facts = self.describe(name)

@@ -98,8 +98,8 @@ def have_equal_elements(one: LazyTensor, other: LazyTensor) -> bool:
     difference, 32 MiB at a time."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return not any(
-        bool(_find_unequal(one[index], other[index]).any())
+    return all(
+        torch.equal(_bits_of(one[index]), _bits_of(other[index]))
         for index in iterate_slabs(one.shape, one.dtype.itemsize)
     )
 
@@ -143,11 +143,11 @@ def _compare_elements(name: str, one: LazyTensor, other: LazyTensor) -> NameDiff
     largest, elements = 0.0, 0
     for index in iterate_slabs(one.shape, one.dtype.itemsize):
         a, b = one[index], other[index]
+        if torch.equal(_bits_of(a), _bits_of(b)):
+            continue  # Without the memory for which elements differ.
         unequal = _find_unequal(a, b)
-        count = int(unequal.sum())
-        if count:
-            elements += count
-            largest = max(largest, _deviation(a[unequal], b[unequal]))
+        elements += int(unequal.sum())
+        largest = max(largest, _deviation(a[unequal], b[unequal]))
     if not elements:
         return None
     plural = "1 element differs" if elements == 1 else f"{elements:,} elements differ"
@@ -166,11 +166,16 @@ def _deviation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _find_unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Which elements differ in their bits: NaN is then equal to itself."""
-    if a.itemsize == 16:
-        pairs = [torch.view_as_real(tensor).contiguous().view(torch.int64) for tensor in (a, b)]
-        return (pairs[0] != pairs[1]).any(-1)
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
-    return a.contiguous().view(kind) != b.contiguous().view(kind)
+    differs = _bits_of(a) != _bits_of(b)
+    return differs.any(-1) if a.itemsize == 16 else differs
+
+
+def _bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers of their size; as pairs of such where no integer is so wide."""
+    if tensor.itemsize == 16:
+        return torch.view_as_real(tensor).contiguous().view(torch.int64)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return tensor.contiguous().view(kind)
 
 
 def _compare_values(name: str, one: LazyValue, other: LazyValue) -> NameDifference | None:

@@ -72,6 +72,9 @@ class Contents(Protocol):
     def shards(self, name: str) -> tuple[StoredShard, ...]:
         """The stored boxes of a tensor."""
 
+    def count_shards(self, name: str) -> int:
+        """How many boxes a tensor is stored in, without making them."""
+
     def stored_nbytes(self, name: str) -> int:
         """Bytes that the tensor or value takes in the files, without their framing if known."""
 

@@ -84,6 +84,11 @@ class LazyTensor(_Wrapped):
         """The boxes that it is stored in."""
         return self._contents.shards(self.name)
 
+    @property
+    def shard_count(self) -> int:
+        """How many boxes it is stored in: `len(shards)` without making them."""
+        return self._contents.count_shards(self.name)
+
     def tensor(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> torch.Tensor:
@@ -123,7 +128,7 @@ class LazyTensor(_Wrapped):
         raise unpicklable(self)
 
     def __repr__(self) -> str:
-        count = len(self.shards)
+        count = self.shard_count
         stored = "1 shard" if count == 1 else f"{count} shards"
         return f"<{self.name!r}: {self.dtype} of {tuple(self.shape)}, {stored}>"
 
@@ -138,7 +143,7 @@ class LazyTensor(_Wrapped):
     def table_row(self) -> tuple[str, ...]:
         """Name, dtype, shape, number of shards and bytes, for a table."""
         dtype = str(self.dtype).removeprefix("torch.")
-        shape, shards = str(list(self.shape)), str(len(self.shards))
+        shape, shards = str(list(self.shape)), str(self.shard_count)
         return self.name, dtype, shape, shards, f"{self.nbytes:,}"
 
     def _read(

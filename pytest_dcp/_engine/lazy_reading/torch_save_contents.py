@@ -107,6 +107,10 @@ class TorchSaveContents:
             return ()
         return (StoredShard((0,) * len(facts.shape), facts.shape, self._file, facts.nbytes),)
 
+    def count_shards(self, name: str) -> int:
+        """One, of a tensor."""
+        return int(self._facts[name] is not None)
+
     def stored_nbytes(self, name: str) -> int:
         """Bytes of a tensor's elements; 0 for a value, which is in the file's one pickle."""
         facts = self.describe(name)
