@@ -4,6 +4,7 @@ A checkpoint of 100,000 names is opened to read one of them: to make the strings
 would take longer than everything else. A few names are searched for in their block, at some GB/s;
 then the dict is made. Pure (no I/O).
 
+>>> import numpy as np
 >>> from pytest_dcp._engine.plan.packed_names import pack_names
 >>> none = np.zeros((2, 0), np.int64)
 >>> index = pack_index(
