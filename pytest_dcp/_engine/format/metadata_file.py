@@ -50,6 +50,8 @@ from pytest_dcp.errors import CheckpointCorruptError
 from pytest_dcp.garbage_collection import collector_paused
 
 _STOP = ord(".")
+VERIFIED_AT_ONCE = 8 << 20
+"""Bytes of a pickle that are in memory while it is verified."""
 
 FileBytes = bytes | bytearray | memoryview | mmap.mmap
 
@@ -195,6 +197,24 @@ class _PickleWantedError(Exception):
 
 def _want_pickle() -> NoReturn:
     raise _PickleWantedError
+
+
+def verify_pickle_of(read: ReadRange, size: int) -> None:
+    """As `verify_pickle`, of a file of `size` bytes that is read in parts."""
+    at = size - TRAILER_BYTES
+    tail = _read_range(read, max(at, 0), TRAILER_BYTES)
+    if at < 0 or tail[: len(MAGIC)] != MAGIC:
+        return
+    trailer = read_trailer(tail, at)
+    length, crc = trailer.pickle_length, 0
+    for start in range(0, length, VERIFIED_AT_ONCE):
+        crc = crc32(_read_range(read, start, min(VERIFIED_AT_ONCE, length - start)), crc)
+    if crc != trailer.pickle_crc:
+        raise CheckpointCorruptError(
+            f"expected CRC-32 {trailer.pickle_crc:#010x} of the pickle for torch ({length} bytes), "
+            f"got {crc:#010x}: the file is damaged, and torch may not read it",
+            offset=0,
+        )
 
 
 def verify_pickle(data: FileBytes) -> None:

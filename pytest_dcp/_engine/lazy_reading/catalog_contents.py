@@ -51,7 +51,7 @@ from pytest_dcp._engine.plan.columns import size_of
 from pytest_dcp._engine.plan.containers import description_of
 from pytest_dcp._engine.plan.describe import Wanted
 from pytest_dcp._engine.plan.load import read_items
-from pytest_dcp._engine.storages.folder_metadata import save_of
+from pytest_dcp._engine.storages.folder_metadata import save_of, verify_metadata
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -83,10 +83,12 @@ class CatalogContents:
         catalog: Catalog,
         settings: ReadSettings,
         find_current: Callable[[], Catalog],
+        index_name: str | None = None,
     ) -> None:
         """Opens the data files that are kept open.
 
-        find_current: reads the catalog of the folder's checkpoint as it is then.
+        find_current: reads the catalog of the folder's checkpoint as it is then. index_name: of its
+        metadata file, if it has one.
         """
         self.bytes_read = self.bytes_needed = 0
         self.missing_files: list[str] = []
@@ -95,6 +97,7 @@ class CatalogContents:
         self._settings = settings
         self._registry = ExtensionRegistry()
         self._find_current = find_current
+        self._index_name = index_name
         self._folder = folder
         self._open_files: OpenFiles | None = None
         self._identities: dict[str, tuple[LocalIn, FileIdentity]] = {}
@@ -250,6 +253,12 @@ class CatalogContents:
         for column in (places.start, places.length, places.sums):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
+
+    def verify_index(self) -> None:
+        """Check the bytes of its index that no read looks at. Raises CheckpointCorruptError naming
+        the file."""
+        if self._index_name is not None:
+            verify_metadata(self._folder, self._index_name)
 
     def find_stray_files(self) -> Sequence[str]:
         """Files of the folder that the checkpoint does not name, but for hidden ones."""

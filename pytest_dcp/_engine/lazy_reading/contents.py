@@ -113,6 +113,10 @@ class Contents(Protocol):
     def catalog(self) -> Catalog | None:
         """Its index and checksums; None for a format that has none."""
 
+    def verify_index(self) -> None:
+        """Check the bytes of its index that no read looks at. Raises CheckpointCorruptError naming
+        the file."""
+
     def find_stray_files(self) -> Sequence[str]:
         """Files beside the checkpoint's that it does not name."""
 

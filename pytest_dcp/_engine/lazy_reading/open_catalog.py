@@ -27,9 +27,10 @@ def open_catalog(location: Location, settings: ReadSettings, rank: int | None) -
     checkpoint again and again while it is opened.
     """
     find = _finder(location, settings, rank)
+    index_name = metadata_name(rank) if location.format == "dcp" else None
     for _ in range(TRIES):
         with _lease(location, rank):
-            contents = CatalogContents(location.folder, find(), settings, find)
+            contents = CatalogContents(location.folder, find(), settings, find, index_name)
         if not (contents.missing_files and contents.is_replaced()):
             return contents
         contents.close()

@@ -172,6 +172,13 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         """Data files that were not there when it was opened; tensors in them cannot be read."""
         return tuple(self._contents.missing_files)
 
+    def verify_index(self) -> None:
+        """Check the bytes of the index that no read looks at: in `.metadata` the pickle for torch.
+
+        Raises CheckpointCorruptError naming the file.
+        """
+        self._contents.verify_index()
+
     def find_stray_files(self) -> tuple[str, ...]:
         """Data files in the folder that the checkpoint does not name: of other saves, or left by
         one that ended early."""

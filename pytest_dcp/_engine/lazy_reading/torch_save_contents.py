@@ -170,6 +170,9 @@ class TorchSaveContents:
         """The file's size and its times."""
         return self._opened.identify()
 
+    def verify_index(self) -> None:
+        """Does nothing: the file is its own index."""
+
     def find_stray_files(self) -> Sequence[str]:
         """None: the checkpoint is one file."""
         return ()

@@ -1,7 +1,7 @@
 """Every byte of an opened checkpoint checked; all problems are collected.
 
 files      each data file that the index names is there
-index      the page of each chunk's numbers, where the index is large
+index      the page of each chunk's numbers, where the index is large; the pickle for torch
 coverage   the shards of every tensor are all of it, and disjoint
 contents   every shard is read, with the checksum of every block; every value is decoded; of a
            wrapper of other tensors, each of these is read
@@ -68,6 +68,10 @@ def verify_checkpoint(
         unchecked = checkpoint.count_without_checksums()
     except CheckpointCorruptError as error:
         # Of a large index, whose names can be read all the same.
+        problems.append(FoundProblem(None, str(error).splitlines()[0]))
+    try:
+        checkpoint.verify_index()
+    except (CheckpointCorruptError, OSError) as error:
         problems.append(FoundProblem(None, str(error).splitlines()[0]))
     foreign = []
     for name in checkpoint:

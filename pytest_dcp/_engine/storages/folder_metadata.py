@@ -93,6 +93,18 @@ def _read_whole(file: In, limit: MemoryLimit) -> Catalog:
         return catalog
 
 
+def verify_metadata(folder: Folder, name: str) -> None:
+    """Check the bytes of a metadata file that `read_catalog` does not read: those for torch.
+
+    Raises FileNotFoundError, and CheckpointCorruptError naming the file.
+    """
+    with folder.open(name) as file:
+        try:
+            metadata_file.verify_pickle_of(file.read_into, file.size)
+        except CheckpointCorruptError as error:
+            raise error.at(file=name) from error
+
+
 def files_named(folder: Folder, name: str) -> tuple[str, ...]:
     """The data files that a metadata file names."""
     return read_catalog(folder, name).places.files

@@ -195,6 +195,22 @@ def test_verify_names_the_damaged_page_and_reads_all_other_tensors(folder: Path)
     assert all("page" in problem.text for problem in spoiled)
 
 
+@pytest.mark.parametrize("in_table", [True, False])
+def test_verify_notices_damage_that_only_torch_would_read(folder: Path, in_table: bool) -> None:
+    """In the pickle, or in the magic of the page table, without which the index is read whole."""
+    path = folder / ".metadata"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\x89DCPpag\n") if in_table else len(data) // 4] ^= 1
+    path.write_bytes(data)
+    with dcp.open(folder, verify="full") as opened:
+        found = verify_checkpoint(opened)
+    # The value's bytes are no pickle, so it is a problem in any case.
+    (problem,) = [one for one in found.problems if one.name != "step"]
+    assert problem.name is None
+    assert "of the pickle for torch" in problem.text
+    assert ".metadata" in problem.text
+
+
 def test_two_saves_are_compared_by_their_checksums(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "other")
     with dcp.open(folder) as one, dcp.open(tmp_path / "other") as other:
