@@ -112,8 +112,8 @@ class LocatedEntries:
     def of(cls, found: ResolvedCatalog, entries: Ints) -> LocatedEntries:
         """The places of these entries; wrappers of other tensors are left to each rank."""
         entries = np.array([e for e in entries.tolist() if e not in found.wrapped], dtype=np.int64)
-        places, known = found.catalog.places, set(entries.tolist())
-        odd = {entry: stride for entry, stride in found.odd_strides.items() if entry in known}
+        places, own = found.catalog.places, set(entries.tolist())
+        odd = {entry: stride for entry, stride in found.odd_strides.items() if entry in own}
         return cls(entries, places.data_start[entries], places.data_nbytes[entries], odd)
 
 

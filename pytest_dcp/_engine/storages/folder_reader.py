@@ -19,28 +19,23 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk, is_remote
+from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.entry_places import (
     LocatedEntries,
-    resolve_entry_places,
-    unlocated_tensors,
 )
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
-from pytest_dcp._engine.io.plan_entries import files_of, match_entries
+from pytest_dcp._engine.io.plan_entries import files_of
 from pytest_dcp._engine.io.progress_observer import observer
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
-from pytest_dcp._engine.io.shared_reading import ByteChannel, SharedReads
 from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
-from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.capabilities import LoadPlannerCapabilities
-from pytest_dcp._engine.plan.columns import READ_BYTES, ReadItems
+from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.hooks import is_overridden
 from pytest_dcp._engine.plan.index import copy_metadata
-from pytest_dcp._engine.plan.shared_reads import ReadShare, Wants
 from pytest_dcp._engine.planners.load_capabilities import ask_load_planner
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_metadata import (
@@ -51,6 +46,7 @@ from pytest_dcp._engine.storages.folder_metadata import (
 )
 from pytest_dcp._engine.storages.load_into_targets import LoadedBytes, Work, resolve
 from pytest_dcp._engine.storages.local_filesystem import FileSystem
+from pytest_dcp._engine.storages.reads_for_others import ReadsForOthers
 from pytest_dcp._torch_internals.checkpoint_classes import ExtensionRegistry
 from pytest_dcp.errors import (
     CheckpointCorruptError,
@@ -59,7 +55,7 @@ from pytest_dcp.errors import (
 )
 
 
-class FileSystemReader(FolderOfCheckpoint, StorageReader):
+class FileSystemReader(FolderOfCheckpoint, ReadsForOthers, StorageReader):
     """Reads checkpoints from folders, by this engine or by torch 2.0 to 2.13."""
 
     verify: Verify = "auto"
@@ -107,8 +103,6 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
         self._open_files: OpenFiles | None = None
         self._prepared: tuple[LoadPlan, Work] | None = None
         """The result of `prepare_data`, for the plan passed to it."""
-        self._offered: tuple[LoadPlan, Work, Wants] | None = None
-        """The result of `offer_reads`, for the plan passed to it."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another load, from the given folder or the same one."""
@@ -261,67 +255,6 @@ class FileSystemReader(FolderOfCheckpoint, StorageReader):
                     work = self._work_of(catalog, plan, planner, capabilities)
                 work.judge()
                 self._prepared = plan, work
-
-    @property
-    def is_far(self) -> bool:
-        """Whether the files are in an object store or on a network file system."""
-        return is_remote(self._disk(), self.path)
-
-    def may_share_reads(self) -> bool:
-        """Whether ranges of the files can be read for other ranks: not if a subclass reads, or
-        changes what is read."""
-        return not self._overrides_streams() and not self._overrides_read_data()
-
-    def unlocated_entries(self, plan: LoadPlan) -> Ints:
-        """The entries of a plan that must be parsed before it is known where their data is."""
-        if self._metadata is None:
-            raise ValueError("set_up_storage_reader must be called before unlocated_entries")
-        catalog = self._catalog_of(self._metadata)
-        items = match_entries(ReadItems.of(plan.items), catalog.index)
-        return unlocated_tensors(catalog, items.entry[items.kind != READ_BYTES])
-
-    def locate_entries(self, entries: Ints) -> LocatedEntries:
-        """Find the data of some entries, for all ranks."""
-        if self._metadata is None:
-            raise ValueError("set_up_storage_reader must be called before locate_entries")
-        with self._noticing_a_replacement():
-            catalog = self._catalog_of(self._metadata)
-            found = resolve_entry_places(self._folder(), catalog, entries)
-        return LocatedEntries.of(found, entries)
-
-    def offer_reads(
-        self,
-        plan: LoadPlan,
-        planner: LoadPlanner,
-        capabilities: LoadPlannerCapabilities,
-        located: Sequence[LocatedEntries],
-        *,
-        insist: bool,
-    ) -> Wants:
-        """The ranges of bytes of a plan that other ranks may want, too; nothing is read yet.
-
-        located: what all ranks have found by `locate_entries`. insist: as for `Work.offer`.
-        """
-        if self._metadata is None:
-            raise ValueError("set_up_storage_reader must be called before offer_reads")
-        with self._noticing_a_replacement():
-            catalog = self._catalog_of(self._metadata)
-            work = self._work_of(catalog, plan, planner, capabilities, located)
-            wants = work.offer(insist=insist)
-        self._offered = plan, work, wants
-        return wants
-
-    def share_reads(self, rank: int, share: ReadShare, channel: ByteChannel) -> None:
-        """Read the offered plan together with the other ranks of the share."""
-        if self._offered is None:
-            raise ValueError("offer_reads must be called before share_reads")
-        _, work, wants = self._offered
-        work.shared = SharedReads(rank, wants, share, channel)
-
-    def _take_offered(self, plan: LoadPlan) -> Work | None:
-        """The work that was made by `offer_reads` for this plan."""
-        offered, self._offered = self._offered, None
-        return offered[1] if offered is not None and offered[0] is plan else None
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's targets; finished when it returns the

@@ -153,7 +153,7 @@ class LoadSource:
         """This rank's say in whether the ranks of a load share reads."""
         return wish_of(read, self.reader, ranks)
 
-    def unlocated(self, plan: LoadPlan) -> Ints:
+    def list_unlocated(self, plan: LoadPlan) -> Ints:
         """The entries of a plan that must be parsed before their data can be read."""
         return self._sharing_reader().unlocated_entries(plan)
 

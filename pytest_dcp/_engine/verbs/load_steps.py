@@ -276,7 +276,7 @@ class Load:
     def _locate(self, team: Team, plan: LoadPlan) -> list[Any]:
         """Where the data is in entries that must be parsed, which takes small reads: each rank
         looks into its part of them."""
-        lost = team.all_gather("locate", lambda: self.source.unlocated(self._finish(plan)))
+        lost = team.all_gather("locate", lambda: self.source.list_unlocated(self._finish(plan)))
         if not any(map(len, lost)):
             return []
         mine = divide_entries(lost, team.rank)

@@ -8,14 +8,16 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
 
-from pytest_dcp._engine.io import local_disk, local_file
+from pytest_dcp._engine.io import disk, local_disk, local_file
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalIn, LocalOut
+from pytest_dcp._engine.io.object_disk import ObjectDisk
 from pytest_dcp._engine.io.stream_disk import StreamDisk, StreamIn, StreamOut
 from pytest_dcp.checkpoint.filesystem import FileSystem
 from pytest_dcp.errors import CheckpointCorruptError
@@ -470,3 +472,25 @@ def test_a_file_system_that_cannot_sync_folders_is_warned_of_once(code, tmp_path
     (text,) = (str(one.message) for one in warned)
     assert f"{tmp_path} is on a file system that cannot sync folders" in text
     assert "sync_files=False" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_remote"),
+    [
+        *((kind, True) for kind in ("nfs4", "lustre", "cifs", "9p", "fuse.gcsfuse", "fuse")),
+        *((kind, False) for kind in ("ext4", "xfs", "tmpfs", "overlay", "fuseblk", None)),
+    ],
+)
+def test_network_file_systems_are_remote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, is_remote: bool
+) -> None:
+    monkeypatch.setattr(local_disk, "kind_of_device", lambda *_: kind)
+    local_disk._is_network_device.cache_clear()
+    assert disk.is_remote(LocalDisk(), tmp_path) == is_remote
+    local_disk._is_network_device.cache_clear()
+    assert not disk.is_remote(LocalDisk(), tmp_path / "no folder")
+
+
+def test_a_disk_that_says_nothing_of_it_is_not_remote(tmp_path: Path) -> None:
+    assert not disk.is_remote(StreamDisk(FileSystem()), tmp_path)
+    assert not disk.is_remote(ObjectDisk(fsspec.filesystem("memory"), {}), "memory://a")
