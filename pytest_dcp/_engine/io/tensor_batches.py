@@ -12,6 +12,7 @@ Pure (no I/O).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,7 +59,7 @@ class Slab:
     @property
     def nbytes(self) -> int:
         """Of its data."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def batch_slabs(tensors: Iterable[NamedTensor], limit: int) -> Iterator[list[Slab]]:
