@@ -85,7 +85,7 @@ class BroadcastingTorchSaveReader(StorageReader):
             if self.checkpoint_id is None:
                 raise ValueError("give the reader, or the load, a checkpoint_id: the file to read")
             self._close()
-            self._file = TorchSaveContents(self.checkpoint_id)
+            self._file = TorchSaveContents.of_path(self.checkpoint_id)
             # A load that fails in its plan does not tell the reader.
             weakref.finalize(self, self._file.close)
 

@@ -76,7 +76,7 @@ def torch_save_to_dcp(
     UntrustedPickleError for classes that `weights_only` does not allow; TypeError if it holds
     something other than a state dict; CheckpointReplacedError if it is written to meanwhile.
     """
-    stored = TorchSaveContents(torch_save_path, weights_only=weights_only)
+    stored = TorchSaveContents.of_path(torch_save_path, weights_only=weights_only)
     folder = target_folder(dcp_checkpoint_dir)
     with (
         OpenCheckpoint(os.fspath(torch_save_path), "torch_save", stored) as checkpoint,

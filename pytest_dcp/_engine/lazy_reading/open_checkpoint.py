@@ -25,7 +25,6 @@ import torch
 from pytest_dcp._engine.format.catalog_comparison import find_equal_keys
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
-from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.read_copies import ReadSettings
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, Contents
 from pytest_dcp._engine.lazy_reading.html import ROWS, draw_checkpoint
@@ -269,8 +268,8 @@ def open_checkpoint(
 ) -> OpenCheckpoint:
     """Open a checkpoint: only its index is read.
 
-    path: a folder of this engine or of torch, a safetensors file, a folder of them, a local file of
-        torch.save, or a URL of one of the first three.
+    path: a folder of this engine or of torch, a safetensors file, a folder of them, a file of
+        torch.save, or a URL of one of them.
     rank: of the rank whose own checkpoint is opened, where each rank saved on its own.
     verify, thread_count, max_decoded_bytes: as for FileSystemReader.
     follow_links: whether data files may be links to plain files elsewhere; None: only those of
@@ -303,13 +302,8 @@ def open_checkpoint(
 def _open_contents(location: Location, settings: ReadSettings, rank: int | None) -> Contents:
     if location.format != "torch_save" or location.file is None:
         return open_catalog(location, settings, rank)
-    if not isinstance(location.folder.disk, LocalDisk):
-        raise NotACheckpointError(
-            f"{location.file} is a file of torch.save, which is read from a local disk alone: copy "
-            "it there"
-        )
-    path = location.folder.path / location.file
     try:
-        return TorchSaveContents(path, verify=settings.verify != "off")
+        return TorchSaveContents(location.folder, location.file, verify=settings.verify != "off")
     except (TypeError, ValueError) as error:
-        raise NotACheckpointError(f"{path} is no checkpoint: {error}") from error
+        where = f"{location.folder}/{location.file}"
+        raise NotACheckpointError(f"{where} is no checkpoint: {error}") from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
-from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
 from pytest_dcp._engine.lazy_reading.stored_wrappers import StoredWrapper
 from pytest_dcp._engine.lazy_reading.torch_save_file import TorchSaveFile
 from pytest_dcp._engine.plan.containers import describe
@@ -25,25 +27,15 @@ from pytest_dcp.errors import (
 PathLike = str | os.PathLike[str]
 
 
-def _open_file(path: PathLike, *, verify: bool) -> TorchSaveFile:
-    where = os.fspath(path)
-    with open(path, "rb") as file:
-        signature = file.read(len(ZIP_SIGNATURE))
-    if signature != ZIP_SIGNATURE:
-        raise CheckpointCorruptError(
-            f"expected the zip archive that torch.save writes, got a file that begins with "
-            f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
-            "and saved again",
-            file=where,
-        )
+def _open_file(folder: Folder, name: str, *, verify: bool) -> TorchSaveFile:
     try:
-        return TorchSaveFile(path, verify=verify)
+        return TorchSaveFile(folder, name, verify=verify)
     except CheckpointCorruptError as error:
-        raise error.at(file=where) from error
+        raise error.at(file=str(Path(folder.path) / name)) from error
 
 
 def _unpickle(file: TorchSaveFile, *, weights_only: bool) -> dict[Any, Any]:
-    where = os.fspath(file.path)
+    where = file.path
     try:
         state_dict = file.unpickle(weights_only=weights_only)
     except CheckpointCorruptError as error:
@@ -63,7 +55,9 @@ class TorchSaveContents:
     catalog: None = None
     """The file has no index."""
 
-    def __init__(self, path: PathLike, *, weights_only: bool = True, verify: bool = True) -> None:
+    def __init__(
+        self, folder: Folder, name: str, *, weights_only: bool = True, verify: bool = True
+    ) -> None:
         """weights_only: False allows values of any class, and reading them can run code.
         verify: whether checksums are checked.
 
@@ -72,8 +66,8 @@ class TorchSaveContents:
         UntrustedPickleError for classes that `weights_only` does not allow.
         """
         self.bytes_read = self.bytes_needed = 0
-        self._opened = _open_file(path, verify=verify)
-        self._file = self._opened.path.name
+        self._opened = _open_file(folder, name, verify=verify)
+        self._file = name
         seen: list[tuple[KeyPath, Any]] = []
         try:
             state_dict = _unpickle(self._opened, weights_only=weights_only)
@@ -86,6 +80,13 @@ class TorchSaveContents:
         """The description of the saved containers; None: plain ones."""
         self._facts = {name: _facts_of(value) for name, value in self._flat.items()}
         self._closing = DelayedClose(self._file, self._close_files)
+
+    @classmethod
+    def of_path(cls, path: PathLike, *, weights_only: bool = True) -> TorchSaveContents:
+        """The local file of this path. Raises as above."""
+        file = Path(path)
+        return cls(Folder(LocalDisk(follow_links=True), file.parent), file.name,
+                   weights_only=weights_only)  # fmt: skip
 
     @property
     def names(self) -> Sequence[str]:

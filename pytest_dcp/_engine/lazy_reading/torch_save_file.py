@@ -13,8 +13,10 @@ the record is read as a whole, or else by one more pass over it before the part 
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,11 @@ from pytest_dcp._engine.format.zip_archive import (
     corrupt,
     read_directory,
 )
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalIn
 from pytest_dcp._engine.io.tensor_memory import memory_of
+from pytest_dcp._engine.lazy_reading.locate import ZIP_SIGNATURE
 from pytest_dcp._engine.lazy_reading.tensors_within import replace_tensors
 from pytest_dcp._engine.unpickle.trusted_pickles import unpickle_trusted
 from pytest_dcp._torch_internals.tensors import identity_of_storage
@@ -42,7 +47,6 @@ from pytest_dcp.errors import (
     UntrustedPickleError,
 )
 
-PathLike = str | os.PathLike[str]
 WINDOW_BYTES = 16 << 20
 """Read at a time into memory of its own, where elements are not copied as they lie."""
 SMALL_BYTES = 4 << 10
@@ -58,21 +62,25 @@ DIRECTORY_LIMIT = 64 << 20
 class TorchSaveFile:
     """An open file, and its records."""
 
-    def __init__(self, path: PathLike, *, verify: bool = True) -> None:
+    def __init__(self, folder: Folder, name: str, *, verify: bool = True) -> None:
         """verify: whether checksums are checked.
 
-        Raises OSError if it cannot be opened; CheckpointCorruptError for a file whose directory is
-        damaged.
+        Raises OSError if it cannot be opened; CheckpointCorruptError for a file that is not from
+        `torch.save`, or whose directory is damaged.
         """
-        self.path = Path(path)
+        is_local = isinstance(folder.disk, LocalDisk)
+        self.path = str(Path(folder.path) / name) if is_local else f"{folder}/{name}"
+        """Or its URL."""
         self._verify = verify
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - until `close`
+        self._until_closed = ExitStack()
+        self._file = self._until_closed.enter_context(folder.open(name))
         try:
             self._identity = self._look()
-            self._size = self._identity[0]
+            self._size = self._file.size
+            self._check_signature()
             self._directory = read_directory(self._make_source(), DIRECTORY_LIMIT)
         except BaseException:
-            self._file.close()
+            self._until_closed.close()
             raise
         self._storages: dict[str, torch.UntypedStorage] = {}
         self._records: dict[int, ZipRecord] = {}
@@ -97,7 +105,8 @@ class TorchSaveFile:
         try:
             return unpickle_trusted(pickled, self._make_storage)
         except Exception:  # noqa: BLE001 - of the file's own code, and raised again by torch.load
-            return torch.load(self.path, map_location="cpu", weights_only=False)
+            whole = io.BytesIO(self._read_bytes(0, self._size))
+            return torch.load(whole, map_location="cpu", weights_only=False)
 
     def copy_part(self, part: torch.Tensor, target: torch.Tensor) -> int:
         """Copy a part of a tensor from the file; returns the bytes read, without those that were
@@ -121,7 +130,7 @@ class TorchSaveFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._until_closed.close()
 
     def _make_storage(self, key: str) -> torch.UntypedStorage:
         """A storage without memory, for a record."""
@@ -243,7 +252,7 @@ class TorchSaveFile:
             name = record.name.partition(b"/")[2].decode(errors="replace")
             raise CheckpointCorruptError(
                 f"expected CRC {record.crc:#010x} of record {name!r}, got {crc:#010x}",
-                file=os.fspath(self.path),
+                file=self.path,
                 offset=self._start_of(record),
             )
         self._checked.add(record.offset)
@@ -255,7 +264,7 @@ class TorchSaveFile:
                 start = content_offset(_SmallReads(self._read_bytes, self._size), record)
             except CheckpointCorruptError as error:
                 self._check_unchanged()
-                raise error.at(file=os.fspath(self.path)) from error
+                raise error.at(file=self.path) from error
             self._starts[record.offset] = start
         return start
 
@@ -269,12 +278,24 @@ class TorchSaveFile:
         return view[: self._read_into(offset, view)]
 
     def _read_into(self, offset: int, view: memoryview) -> int:
-        file = LocalIn(self._file.fileno(), self._size, path=self.path)
-        return file.read_into(offset, view)
+        return self._file.read_into(offset, view)
 
     def _look(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
+        """The size and time of modification now; of an object, which is never written to, 0."""
+        if not isinstance(self._file, LocalIn):
+            return self._file.size, 0
+        status = os.fstat(self._file.fd)
         return status.st_size, status.st_mtime_ns
+
+    def _check_signature(self) -> None:
+        signature = bytes(self._read_bytes(0, len(ZIP_SIGNATURE)))
+        if signature != ZIP_SIGNATURE:
+            raise CheckpointCorruptError(
+                f"expected the zip archive that torch.save writes, got a file that begins with "
+                f"{signature!r}: a file written by torch before 1.6 must be loaded with torch.load "
+                "and saved again",
+                file=self.path,
+            )
 
     def _check_unchanged(self) -> None:
         if self._look() != self._identity:
