@@ -157,19 +157,31 @@ def _find_shared(offers: Sequence[Wants]) -> _Ranges:
     phase, entry, low, high, file, start = (column[order] for column in columns)
     cuts = np.flatnonzero((np.diff(phase) != 0) | (np.diff(entry) != 0)) + 1
     edges = np.unique(np.concatenate(([0], cuts, [len(entry)])))
-    rows: list[tuple[int, int, int]] = []  # row of the entry, low, high
-    masks: list[NDArray[np.bool_]] = []
-    for a, b in pairwise(edges.tolist()):
-        if b - a < 2:
-            continue
+    first, count = edges[:-1], np.diff(edges)
+    # Nearly always all ranks want the same of an entry: then no entry is looked at by itself.
+    is_same = np.ones(len(first), dtype=bool)
+    for column in (low, high) if len(first) else ():
+        is_same &= np.minimum.reduceat(column, first) == np.maximum.reduceat(column, first)
+    same = np.flatnonzero(is_same & (count > 1))
+    rows, masks = [], []
+    for a, b in zip(first[~is_same].tolist(), edges[1:][~is_same].tolist(), strict=True):
         for lo, hi, ranks in _overlaps(low[a:b], high[a:b], rank[a:b]):
             mask = np.zeros(len(offers), dtype=bool)
             mask[ranks] = True
             rows.append((a, lo, hi))
             masks.append(mask)
-    at, lows, highs = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    odd_at, odd_low, odd_high = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+    table = np.zeros((len(same) + len(rows), len(offers)), dtype=bool)
+    group = np.repeat(np.arange(len(first)), count)
+    position = np.full(len(first), -1)
+    position[same] = np.arange(len(same))
+    is_row = position[group] >= 0
+    table[position[group][is_row], rank[is_row]] = True
+    table[len(same) :] = np.array(masks, dtype=bool).reshape(-1, len(offers))
+    at = np.concatenate((first[same], odd_at))
+    lows = np.concatenate((low[first[same]], odd_low))
+    highs = np.concatenate((high[first[same]], odd_high))
     places = start[at] - low[at] + lows
-    table = np.array(masks, dtype=bool).reshape(-1, len(offers))
     ordered = np.lexsort((places, file[at], phase[at]))
     found = _Ranges(phase[at], entry[at], lows, highs, file[at], places, table)
     return _Ranges(*(getattr(found, name)[ordered] for name in _Ranges.__slots__))
@@ -196,15 +208,11 @@ def _overlaps(low: Ints, high: Ints, rank: Ints) -> Iterator[tuple[int, int, Int
 
 def _group_sets(is_wanted: NDArray[np.bool_]) -> tuple[tuple[tuple[int, ...], ...], Ints]:
     """The distinct sets of ranks, and each row's."""
-    sets: dict[bytes, int] = {}
-    groups: list[tuple[int, ...]] = []
-    row_sets = []
-    for mask, packed in zip(is_wanted, np.packbits(is_wanted, axis=1), strict=True):
-        number = sets.setdefault(packed.tobytes(), len(groups))
-        if number == len(groups):
-            groups.append(tuple(np.flatnonzero(mask).tolist()))
-        row_sets.append(number)
-    return tuple(groups), np.array(row_sets, dtype=np.int64)
+    packed = np.ascontiguousarray(np.packbits(is_wanted, axis=1))
+    as_one = packed.view(f"V{packed.shape[1]}").ravel()
+    _, first, row_sets = np.unique(as_one, return_index=True, return_inverse=True)
+    groups = tuple(tuple(np.flatnonzero(is_wanted[row]).tolist()) for row in first.tolist())
+    return groups, row_sets.reshape(-1).astype(np.int64)
 
 
 # Buckets.
@@ -249,45 +257,45 @@ def _end_of_segment(low: int, high: int, room: int) -> int:
     return high if high - low <= room else max(low, (low + room) // BLOCK_BYTES * BLOCK_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class _Assigned:
-    buckets: Sequence[_Bucket]
-    owners: Sequence[int]
-    groups: tuple[tuple[int, ...], ...]
-
-
 def _assign_owners(
     buckets: Sequence[_Bucket], groups: tuple[tuple[int, ...], ...], load_bytes: list[int]
-) -> _Assigned:
-    """An owner for each bucket: the wanter with the least to read so far."""
+) -> ReadShare:
+    """All buckets, each with an owner: the wanter with the least to read so far."""
     owners = []
     for bucket in buckets:
         owner = min(groups[bucket.wanted_by], key=load_bytes.__getitem__)
         load_bytes[owner] += bucket.nbytes
         owners.append(owner)
-    return _Assigned(buckets, owners, groups)
-
-
-def _share_of(rank: int, whole: _Assigned) -> ReadShare:
-    """The buckets that a rank wants."""
-    is_mine = [rank in group for group in whole.groups]
-    mine = [n for n, bucket in enumerate(whole.buckets) if is_mine[bucket.wanted_by]]
-    buckets = [whole.buckets[n] for n in mine]
     segments = [segment for bucket in buckets for segment in bucket.segments]
-    entry, low, high = np.array(segments, dtype=np.int64).reshape(-1, 3).T
+    entry, low, high = np.array(segments, dtype=np.int64).reshape(-1, 3).T.copy()
     counts = [len(bucket.segments) for bucket in buckets]
-
-    def column(values: Sequence[int]) -> Ints:
-        return np.array(values, dtype=np.int64)
-
     return ReadShare(
-        number=column(mine),
-        phase=column([bucket.phase for bucket in buckets]),
-        owner=column([whole.owners[n] for n in mine]),
-        wanted_by=column([bucket.wanted_by for bucket in buckets]),
-        groups=whole.groups,
+        number=np.arange(len(buckets)),
+        phase=np.array([bucket.phase for bucket in buckets], dtype=np.int64),
+        owner=np.array(owners, dtype=np.int64),
+        wanted_by=np.array([bucket.wanted_by for bucket in buckets], dtype=np.int64),
+        groups=groups,
         first=np.concatenate(([0], np.cumsum(counts, dtype=np.int64))),
-        entry=entry.copy(),
-        low=low.copy(),
-        high=high.copy(),
+        entry=entry,
+        low=low,
+        high=high,
+    )
+
+
+def _share_of(rank: int, whole: ReadShare) -> ReadShare:
+    """The buckets that a rank wants."""
+    of_group = np.array([rank in group for group in whole.groups], dtype=bool)
+    mine = of_group[whole.wanted_by]
+    counts = np.diff(whole.first)
+    segments = np.repeat(mine, counts)
+    return ReadShare(
+        number=whole.number[mine],
+        phase=whole.phase[mine],
+        owner=whole.owner[mine],
+        wanted_by=whole.wanted_by[mine],
+        groups=whole.groups,
+        first=np.concatenate(([0], np.cumsum(counts[mine], dtype=np.int64))),
+        entry=whole.entry[segments],
+        low=whole.low[segments],
+        high=whole.high[segments],
     )
