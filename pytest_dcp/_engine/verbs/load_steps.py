@@ -6,7 +6,9 @@ Theory of operation
 A load is two steps, "plan" and "read". All ranks take a step or none does (`coordinate`): each does
 its part, each learns whether all have succeeded, and where one failed every rank raises the same
 error. Ranks send each other facts about their plans (`Planned`); the plans themselves go to the
-coordinator only where a planner or a reader of the user's wants to see them all.
+coordinator only where a planner or a reader of the user's wants to see them all. Where the ranks
+read together (`shared_reading`), there are more steps between the two: "locate" and "located" for
+entries of torch's, "share" and "connect".
 
 One load goes through these modules from top to bottom:
 
@@ -15,6 +17,7 @@ One load goes through these modules from top to bottom:
           planners         plan reads: state dict x index -> read items, as columns
           load_source      accept: the reader's say; open the files
           compare_ranks    on the coordinator: did all ranks find the same save?
+          shared_reading   on the coordinator: do they read together, and who reads what?
     read  io.entry_places  resolve: items -> the place of their bytes in which file
           storages.load_into_targets
                            judge: decode values, read numbers, compare wrappers

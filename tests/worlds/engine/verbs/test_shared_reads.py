@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 import pytest_dcp.checkpoint as dcp
 import pytest_dcp.properties as props
-from pytest_dcp._engine.coordinate import StepError, byte_exchange
+from pytest_dcp._engine.coordinate import StepError, byte_exchange, rendezvous
+from pytest_dcp._engine.coordinate.connection import Connection
+from pytest_dcp._engine.coordinate.hello import BYTES, Hello, greet
+from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.io import bucket_reading
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
@@ -43,6 +48,7 @@ pytestmark = [
 ]
 
 SILENCE_S = 4
+TURNED_AWAY_S = 60
 URL = f"{object_store.PROTOCOL}://runs/last"
 Layout = tuple[Placement, ...]
 
@@ -130,6 +136,14 @@ def test_auto_shares_in_a_store_and_local_reads_all_on_each_rank(store: Path) ->
         assert same(target, wanted)
         reads[read] = (bytes_fetched(store) - before) / bytes_stored(store)
     assert reads == pytest.approx({"auto": 1.0, "local": 4.0}, abs=0.02)
+
+
+def test_a_load_without_template_is_shared_too(store: Path) -> None:
+    saved = {"w": numbered(900, 400), "value": {"n": [1, "two"]}}
+    dcp.save(saved, storage_writer=FsspecWriter(URL, root=str(store)))
+    loaded = dcp.load_without_template(storage_reader=FsspecReader(URL, root=str(store)))
+    assert same(loaded, saved)
+    assert bytes_fetched(store) / bytes_stored(store) == pytest.approx(1.00, abs=0.01)
 
 
 def test_auto_shares_nothing_on_a_local_disk_nor_where_little_is_wanted_twice(
@@ -393,6 +407,41 @@ def test_ranks_that_differ_in_read_are_refused(checkpoint_dir: Path, rank: int) 
     dcp.save(state, checkpoint_id=checkpoint_dir)
     with pytest.raises(CheckpointException, match=r"'shared' on ranks 0,2, 'local' on ranks 1,3"):
         dcp.load(state, checkpoint_id=checkpoint_dir, read="local" if rank % 2 else "shared")
+
+
+def test_a_rank_that_connects_after_an_exchange_is_turned_away(
+    checkpoint_dir: Path, rank: int
+) -> None:
+    """It proves that it is a rank, but nothing will ever ask for its connection."""
+    wanted = {"w": numbered(500, 400)}
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    shared(wanted, checkpoint_id=checkpoint_dir)
+    group = dist.group.WORLD
+    assert group is not None
+    if rank == 1:
+        address = rendezvous.look_up(group, 0, until_s=0.0)
+        assert address is not None
+        connection = Connection(byte_exchange.connect(address))
+        greet(connection, Hello("a group/0/4/an old token", BYTES, 0, rank), address.key())
+    dist.barrier()
+    if rank == 0:
+        until_s = time.monotonic() + TURNED_AWAY_S
+        while peer_listener()._handshaking or not is_quiet():
+            peer_listener().arrivals("another group", "load")
+            assert time.monotonic() < until_s
+        assert not peer_listener()._waiting
+    dist.barrier()
+    if rank == 1:
+        until_s = time.monotonic() + TURNED_AWAY_S
+        while not connection.over:
+            assert time.monotonic() < until_s
+            connection.receive()
+        connection.close()
+
+
+def is_quiet() -> bool:
+    """Whether no new connection waits in the listener's queue."""
+    return not select.select([peer_listener().fileno()], [], [], 0.2)[0]
 
 
 def refuse_connection(_: object) -> None:
