@@ -179,8 +179,10 @@ def _metadata() -> list[Case]:
     return [
         *plans,
         Case("open index", "index", (_faster(500), FOREIGN_GOAL), NO_RAW),
+        Case("open index, all columns", "index", (_faster(None),)),
         Case("write index", "index", (_faster(20),)),
         Case("open index, 1 MB chunks", "index", (_faster(500), FOREIGN_GOAL), NO_RAW),
+        Case("open index, 1 MB chunks, all columns", "index", (_faster(None),)),
         Case("write index, 1 MB chunks", "index", (_faster(20),)),
     ]
 

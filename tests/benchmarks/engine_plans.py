@@ -237,8 +237,9 @@ def run_index(
     _same(mine, stock, case.name)
     _same_places(mine, stock, case.name)
     if case.name.startswith("open"):
+        read_ours = read_columns if case.name.endswith("all columns") else read_metadata
         steps: dict[str, Callable[[], object]] = {
-            OURS: lambda: dcp.FileSystemReader(ours).read_metadata(),
+            OURS: partial(read_ours, ours),
             TORCH: lambda: filesystem.FileSystemReader(theirs).read_metadata(),
             FOREIGN: lambda: dcp.FileSystemReader(theirs).read_metadata(),
         }
@@ -258,6 +259,20 @@ def run_index(
     for place in (ours, theirs):
         shutil.rmtree(place)
     return {"ms": ms, "notes": notes}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata as our reader gives it: a large one's chunks are read when they are used."""
+    return dcp.FileSystemReader(folder).read_metadata()
+
+
+def read_columns(folder: Path) -> Metadata:
+    """The same, with all that a load of all tensors uses."""
+    metadata: Any = read_metadata(folder)
+    places, index = metadata.storage_data.catalog.places, metadata.state_dict_metadata.source
+    if len(places.file) != len(index.offset):
+        raise RuntimeError("the columns differ in length")
+    return metadata  # type: ignore[no-any-return] # Any on purpose
 
 
 def _same_places(ours: Metadata, stock: Metadata, who: str) -> None:

@@ -4,6 +4,8 @@ An open checkpoint stays the save that it was when it was opened:
 
 - While the index is read and the data files are opened, a lease holds off other commits. Local
   files stay open, up to `KEPT_FILES` of them, and an open file is readable after it was removed.
+- The file of a large index stays open, too, until all of it was read or the catalog is dropped: the
+  shards of a tensor are known after `close`, though no data is read any more.
 - Of the other files, and in object stores, another save may remove some: their reads raise
   CheckpointReplacedError, as no file of ours is ever written again under its name.
 - torch's own saves write over the files in place. If size or time of a file that is kept open

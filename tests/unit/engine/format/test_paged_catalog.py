@@ -11,18 +11,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import given
 from numpy.typing import NDArray
 
-from pytest_dcp._engine.format import manifest_columns, metadata_file
+from pytest_dcp._engine.format import manifest_columns, metadata_file, paged_catalog
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.catalog_selection import select_keys
 from pytest_dcp._engine.format.paged_catalog import PagedIndex, PagedManifest, select_part
 from pytest_dcp._engine.plan.index import Index
 from pytest_dcp.errors import CheckpointCorruptError
-from support.catalogs import same
+from support.catalogs import Sample, same, samples
 from support.forks import forked
 from support.paged_catalogs import (
     CHUNKS,
@@ -70,6 +72,23 @@ def test_the_whole_catalog_equals_the_written_one() -> None:
     assert same(opened(), TRUTH)
     assert same(metadata_file.decode(DATA), TRUTH)
     metadata_file.verify_pickle(DATA)
+
+
+@given(samples())
+def test_any_catalog_is_the_same_by_pages_as_a_whole(sample: Sample) -> None:
+    data = encode_paged(sample.catalog)
+    file = FileInMemory(data)
+    manifest = file.open()
+    whole = metadata_file.decode(data)
+    if manifest is None:
+        assert whole.places.transforms or b'["pickle"]' in data
+        return
+    catalog = manifest.catalog()
+    with patch.object(paged_catalog, "WHOLE_FROM_PART", 2.0):
+        for key, fqn in enumerate(whole.index.fqns):
+            assert catalog.index.find_row(fqn) == key
+            assert same(part_of(catalog, key), select_keys(whole, np.array([key])))
+    assert same(catalog, whole)
 
 
 def test_torch_reads_the_pickle_before_the_table() -> None:
