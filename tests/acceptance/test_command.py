@@ -126,10 +126,12 @@ class TestShow:
 
 
 class TestVerify:
-    def test_whole_checkpoints(self, command: Command, samples: Path) -> None:
+    def test_whole_checkpoints(self, command: Command, samples: Path, tmp_path: Path) -> None:
         code, out, _ = command.run("verify", samples / "ours")
         assert (code, "whole" in out, "without checksums" in out) == (0, True, False)
         assert command.read_json("verify", samples / "torchs")["unchecked"] == 4
+        torch.save(state(), tmp_path / "state.pt")
+        assert command.read_json("verify", tmp_path / "state.pt")["unchecked"] == 0
 
     def test_damage_is_named_and_gives_code_1(
         self, command: Command, samples: Path, tmp_path: Path

@@ -15,7 +15,6 @@ An open checkpoint stays the save that it was when it was opened:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from pytest_dcp._engine.io.transformed_entries import tensor_of
 from pytest_dcp._engine.lazy_reading.contents import BoxToRead, StoredShard, TensorFacts
 from pytest_dcp._engine.lazy_reading.delayed_close import DelayedClose
 from pytest_dcp._engine.lazy_reading.megatron_common import read_common
+from pytest_dcp._engine.lazy_reading.save_identity import FileIdentity, identify_save
 from pytest_dcp._engine.lazy_reading.stored_wrappers import (
     Entry,
     StoredWrapper,
@@ -73,11 +73,11 @@ DATA_SUFFIXES = (".distcp", ".safetensors", ".tmp")
 _VALUE = None
 """The shape of a value's entry: none."""
 
-FileIdentity = tuple[int, ...]
-
 
 class CatalogContents:
     """A catalog, and the folder with its data files."""
+
+    has_checksums = False  # The catalog says which parts have some.
 
     def __init__(
         self,
@@ -247,14 +247,9 @@ class CatalogContents:
         return self._catalog
 
     def identify(self) -> str:
-        """A digest of the save's id, and of the files' names, places, checksums and times."""
-        places = self._catalog.places
-        identities = [(name, one) for name, (_, one) in sorted(self._identities.items())]
-        save = save_of(self._catalog.storage_meta)
-        digest = hashlib.sha256(repr((save, places.files, identities)).encode())
-        for column in (places.start, places.length, places.sums):
-            digest.update(np.ascontiguousarray(column).data)
-        return digest.hexdigest()
+        """A text that differs for another save in the same place."""
+        times = {name: identity for name, (_, identity) in self._identities.items()}
+        return identify_save(self._catalog, times)
 
     def verify_index(self) -> None:
         """Check the bytes of its index that no read looks at. Raises CheckpointCorruptError naming

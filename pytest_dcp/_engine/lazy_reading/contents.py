@@ -110,6 +110,10 @@ class Contents(Protocol):
         """A text that differs for another save in the same place, as far as that is known."""
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether all of a format without a catalog is covered by checksums."""
+
+    @property
     def catalog(self) -> Catalog | None:
         """Its index and checksums; None for a format that has none."""
 

@@ -200,7 +200,7 @@ class OpenCheckpoint(Mapping[str, Lazy]):
         """Names with elements that no checksum covers."""
         catalog = self._contents.catalog
         if catalog is None:
-            return len(self)
+            return 0 if self._contents.has_checksums else len(self)
         bare = (catalog.places.first_sum[1:] == catalog.places.first_sum[:-1]) & (
             (volumes(catalog.index.shape) > 0) | (catalog.index.ndim[catalog.index.key_of] < 0)
         )

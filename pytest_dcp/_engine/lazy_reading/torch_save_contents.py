@@ -81,6 +81,11 @@ class TorchSaveContents:
         self._facts = {name: _facts_of(value) for name, value in self._flat.items()}
         self._closing = DelayedClose(self._file, self._close_files)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file was written with them: of each record, also the one with the values."""
+        return self._opened.has_checksums
+
     @classmethod
     def of_path(cls, path: PathLike, *, weights_only: bool = True) -> TorchSaveContents:
         """The local file of this path. Raises as above."""

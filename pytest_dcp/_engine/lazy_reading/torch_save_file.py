@@ -124,6 +124,11 @@ class TorchSaveFile:
         """A value with the elements of the tensors within it; the same object if it has none."""
         return replace_tensors(value, self._read_tensors)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether its records have checksums, which torch can be told to leave out."""
+        return self._directory.has_crcs
+
     def identify(self) -> str:
         """The size and time of modification at the opening."""
         return repr(self._identity)
