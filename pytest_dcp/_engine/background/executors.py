@@ -1,4 +1,4 @@
-"""What `async_save` does after staging, as objects: torch's `_AsyncCheckpointExecutor`.
+"""The part of `async_save` after staging, as objects: torch's `_AsyncCheckpointExecutor`.
 
 Libraries that stage a state themselves give the copy, or its future, to `execute_save`.
 """

@@ -69,7 +69,7 @@ class Beat:
 
 
 class Order(Protocol):
-    """What a rank asks of its process."""
+    """An order of a rank to its process."""
 
     def run(self, line: Connection) -> Any:
         """Carry it out; return or raise the answer. Descriptors that follow come over `line`."""

@@ -37,7 +37,7 @@ def local_target(target: PathLike) -> Path:
     name = _check_name(target)
     if is_url(target):
         raise ValueError(
-            f"the target {name!r} is a URL: give a local path, and copy what is written there"
+            f"the target {name!r} is a URL: give a local path, and copy the result there"
         )
     return Path(name)
 

@@ -90,7 +90,7 @@ class ConsolidatedFolder:
         )
 
     def name_save(self, number: int, metadata: Mapping[str, str] = FORMAT) -> dict[str, str]:
-        """The texts for the headers, with those that name the save."""
+        """The texts for the headers, with the save's own."""
         stated = describe_save({"files": len(self.files), "number": number})
         return {**metadata, SAVE_KEY: self.save_id, **stated}
 

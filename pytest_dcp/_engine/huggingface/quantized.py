@@ -95,7 +95,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self._scale_of: dict[str, str] = {}
 
     def may_share_reads(self) -> bool:
-        """Never: what is read is not what the plan says, but quantised."""
+        """Never: the tensors read are not those of the plan, but quantised."""
         return False
 
     def _overrides_read_data(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tells one save from another in the same place, for processes that open a checkpoint again."""
+"""Distinguishes saves in the same place, for processes that open a checkpoint again."""
 
 from __future__ import annotations
 

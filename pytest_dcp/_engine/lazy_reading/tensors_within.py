@@ -50,7 +50,7 @@ def replace_tensors(value: Any, read: Read) -> Any:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Puts a number in the place of each tensor without memory."""
+    """Writes a number for each tensor without memory."""
 
     def __init__(self, stream: io.BytesIO, buffers: list[pickle.PickleBuffer]) -> None:
         super().__init__(stream, PROTOCOL, buffer_callback=buffers.append)

@@ -62,7 +62,7 @@ class TorchSaveContents:
         verify: whether checksums are checked.
 
         Raises TypeError for a file that holds something other than a state dict, ValueError for two
-        values under one flat name, CheckpointCorruptError for one that is damaged, and
+        values under one flat name, CheckpointCorruptError for a damaged one, and
         UntrustedPickleError for classes that `weights_only` does not allow.
         """
         self.bytes_read = self.bytes_needed = 0

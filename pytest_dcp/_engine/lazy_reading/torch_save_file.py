@@ -109,7 +109,7 @@ class TorchSaveFile:
             return torch.load(whole, map_location="cpu", weights_only=False)
 
     def copy_part(self, part: torch.Tensor, target: torch.Tensor) -> int:
-        """Copy a part of a tensor from the file; returns the bytes read, without those that were
+        """Copy a part of a tensor from the file; returns the bytes read, without bytes that were
         only checked.
 
         Raises CheckpointReplacedError if the file was written to since it was opened, and
@@ -126,7 +126,7 @@ class TorchSaveFile:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether its records have checksums, which torch can be told to leave out."""
+        """Whether its records have checksums; torch has an option to leave them out."""
         return self._directory.has_crcs
 
     def identify(self) -> str:
@@ -161,7 +161,7 @@ class TorchSaveFile:
         return Source(self._read_bytes, self._size)
 
     def _read_tensors(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors with memory; those that shared a storage share it again."""
+        """The tensors with memory; tensors that shared a storage share it again."""
         self._check_unchanged()
         storages: dict[int, torch.UntypedStorage] = {}
         found = [self._read_tensor(tensor, storages) for tensor in tensors]
@@ -219,7 +219,7 @@ class TorchSaveFile:
         part: torch.Tensor,
         target: torch.Tensor,
     ) -> int:
-        """Read from the part's first element to its last, and copy those that it has."""
+        """Read from the part's first element to its last, and copy its own."""
         memory = torch.empty(span, dtype=part.dtype)
         read_bytes = self._read_record(record, start, memory)
         read = memory.as_strided(part.shape, part.stride())
@@ -321,7 +321,7 @@ class _SmallReads(Source):
 
 
 def _is_same_memory(part: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether the target's memory is, byte for byte, what lies in the file."""
+    """Whether the target's memory equals the part in the file, byte for byte."""
     return (
         part.is_contiguous()
         and target.is_contiguous()
