@@ -34,7 +34,16 @@ from pytest_dcp._cli.layout_page.facts import MOST_NAMES
 from pytest_dcp._cli.progress import show_progress
 from pytest_dcp._cli.reshard_command import reshard
 from pytest_dcp._cli.run_commands import clean_run, list_steps, print_latest, prune_run
-from pytest_dcp._cli.texts import draw_histogram, draw_layout, draw_table, plain_text, show_bytes
+from pytest_dcp._cli.terminal import can_print
+from pytest_dcp._cli.texts import (
+    BARS,
+    PLAIN_BARS,
+    draw_histogram,
+    draw_layout,
+    draw_table,
+    plain_text,
+    show_bytes,
+)
 from pytest_dcp._cli.wrapper_texts import describe_wrapper, print_wrapper
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.lazy_reading.comparison import compare_checkpoints
@@ -152,7 +161,8 @@ def _show_name(lazy: Lazy, *, as_json: bool) -> None:
     rows = [(key, _show_number(value)) for key, value in statistics.items()]
     console.print(draw_table(("statistic", "value"), rows, 1))
     if histogram:
-        print(f"histogram  |{draw_histogram(histogram)}|")
+        bars = BARS if can_print(BARS) else PLAIN_BARS
+        print(f"histogram  |{draw_histogram(histogram, bars)}|")
 
 
 def _open(

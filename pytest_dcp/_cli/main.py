@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pytest_dcp._cli.exit_codes import REFUSED
+from pytest_dcp._cli.terminal import escape_unprintable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return REFUSED
     try:
+        escape_unprintable()
         app(arguments, prog_name="pytest-dcp")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

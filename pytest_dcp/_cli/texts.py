@@ -15,6 +15,8 @@ COLOURS = ("blue", "yellow", "green", "red", "cyan", "magenta")
 WIDTH, HEIGHT = 48, 12
 """Of a drawing, in characters."""
 BARS = " ▁▂▃▄▅▆▇█"
+PLAIN_BARS = " .:-=+*#"
+"""For a terminal that has no other characters."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -74,14 +76,14 @@ def draw_layout(shape: Sequence[int], shards: Sequence[StoredShard]) -> Text:
     return drawing
 
 
-def draw_histogram(counts: Sequence[int]) -> str:
-    """One character for each bin.
+def draw_histogram(counts: Sequence[int], bars: str = BARS) -> str:
+    """One character for each bin, out of `bars`, which ascend.
 
     >>> draw_histogram([0, 1, 8])
     ' ▁█'
     """
     most = max(counts, default=0)
-    return "".join(BARS[-(-count * (len(BARS) - 1) // most) if most else 0] for count in counts)
+    return "".join(bars[-(-count * (len(bars) - 1) // most) if most else 0] for count in counts)
 
 
 def _cells(start: int, length: int, whole: int, cells: int) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -307,6 +308,27 @@ def test_the_module_is_the_command(samples: Path, tmp_path: Path) -> None:
     assert done.stdout.endswith("1 names equal, 3 differ\n")
     (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:])")
     assert run("run", "program.py", "--json").stdout == "['--json']\n"
+
+
+def test_a_terminal_that_lacks_characters_gets_escapes(tmp_path: Path) -> None:
+    dcp.save({"modèle": torch.arange(8.0)}, checkpoint_id=tmp_path / "c")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for words in (["ls"], ["ls", "--tree"], ["show", "modèle"], ["verify"]):
+        program = [sys.executable, "-m", "pytest_dcp", words[0], str(tmp_path / "c"), *words[1:]]
+        done = subprocess.run(
+            program, capture_output=True, timeout=120, env=environment, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        if words[0] != "verify":
+            assert rb"mod\xe8le" in done.stdout
+        if words[0] == "show":
+            assert b"histogram  |#" in done.stdout
+
+
+def test_the_folder_of_a_run_is_named_with_its_steps(command: Command, samples: Path) -> None:
+    code, _, err = command.run("ls", samples)
+    assert code == 2
+    assert "it has folders (changed, ours, torchs): open one of them" in err
 
 
 def test_a_reader_that_stops_early_is_no_error(samples: Path, tmp_path: Path) -> None:

@@ -149,11 +149,11 @@ def _format_of_folder(folder: Folder, name: str, rank: int | None) -> Format:
     names = folder.names()
     if rank is None and (any(n.endswith(SUFFIX) for n in names) or folder.exists(INDEX_NAME)):
         return "safetensors"
-    raise NotACheckpointError(f"no checkpoint in {name}: {_describe_folder(names, rank)}")
+    raise NotACheckpointError(f"no checkpoint in {name}: {_describe_folder(folder, names, rank)}")
 
 
-def _describe_folder(names: Sequence[str], rank: int | None) -> str:
-    """Why a folder of these names is no checkpoint."""
+def _describe_folder(folder: Folder, names: Sequence[str], rank: int | None) -> str:
+    """Why a folder with files of these names is no checkpoint."""
     own = sorted(name for name in names if name.startswith("__") and name.endswith(METADATA))
     if rank is not None:
         return f"it has no {metadata_name(rank)}, the metadata of rank {rank} alone"
@@ -170,9 +170,19 @@ def _describe_folder(names: Sequence[str], rank: int | None) -> str:
         return "it is the folder of a run of Megatron: open one of its iter_* folders"
     if "metadata.pkl" in names:
         return "it was written by torch_checkpointing, whose metadata is a pickle: it is not read"
+    if below := _list_folders(folder):
+        return f"it has folders ({_show(below)}): open one of them"
     if not names:
         return "no files are there"
     return f"it has neither {METADATA} nor {SUFFIX} files, but {_show(sorted(names))}"
+
+
+def _list_folders(folder: Folder) -> list[str]:
+    """The names of a local folder's own folders, those of a run's steps perhaps."""
+    if not isinstance(folder.disk, LocalDisk) or not Path(folder.path).is_dir():
+        return []
+    found = (path for path in Path(folder.path).iterdir() if path.is_dir())
+    return sorted(path.name for path in found if not path.name.startswith("."))
 
 
 def _show(names: Sequence[str]) -> str:
