@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from pytest_dcp._engine.coordinate import StepError, byte_exchange, rendezvous
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.hello import BYTES, Hello, greet
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
-from pytest_dcp._engine.io import bucket_reading
+from pytest_dcp._engine.io import bucket_reading, shared_reading
+from pytest_dcp._engine.plan import shared_reads
 from pytest_dcp._harness.rank.world_fixture import RankWorld
 from pytest_dcp.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from support import object_store
@@ -332,13 +334,18 @@ def test_any_layout_is_loaded_in_any_other(
 
 
 class Sharing:
-    """The engine, with loads that share."""
+    """The engine, with loads that share, in buckets so small that tensors are cut anywhere."""
 
     save = staticmethod(UNSYNCED.save)
 
     @staticmethod
     def load(*args: Any, **kwargs: Any) -> Any:
-        return dcp.load(*args, **kwargs, read="shared")
+        sizes = {"BLOCK_BYTES": 16, "LARGEST_BUCKET_BYTES": 48}
+        with (
+            mock.patch.multiple(shared_reads, SMALLEST_BUCKET_BYTES=32, **sizes),
+            mock.patch.multiple(shared_reading, **sizes),
+        ):
+            return dcp.load(*args, **kwargs, read="shared")
 
 
 # Misuse and failures.
