@@ -1,9 +1,9 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
 Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict`,
-`bench_opened`, `bench_shared_reads`, `bench_hardening`, `bench_simulation` and `bench_growth`
-write. Leaves: Markdown tables by the names of their sections. A page has a place for each section
-that it shows, and everything between its two lines is replaced:
+`bench_opened`, `bench_shared_reads`, `bench_steps`, `bench_hardening`, `bench_simulation` and
+`bench_growth` write. Leaves: Markdown tables by the names of their sections. A page has a place for
+each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->
     <!-- end of figures -->
@@ -87,6 +87,8 @@ def sections(document: Document) -> dict[str, str]:
         found = {"growth": _hardening(document["growth"])}
     elif "shared_reads" in document:
         found = {"shared-reads": _hardening(document["shared_reads"])}
+    elif "steps" in document:
+        found = {"steps": _hardening(document["steps"])}
     elif "cases" in document:
         found = {"engine": _engine(document["cases"])}
     else:
