@@ -53,6 +53,7 @@ from pytest_dcp._engine.steps.export_step import ExportReport
 from pytest_dcp._engine.steps.known_steps import Step
 from pytest_dcp._engine.steps.load_step import LoadedStep
 from pytest_dcp._engine.steps.manager import CheckpointManager
+from pytest_dcp._engine.steps.measure_steps import StepBytes
 from pytest_dcp._engine.steps.running_save import SaveStatus
 from pytest_dcp._engine.storages.fsspec import FsspecReader, FsspecWriter
 from pytest_dcp._engine.torch_names import names_of_torch
@@ -130,6 +131,7 @@ __all__ = [
     "CheckpointManager",
     "ExportReport",
     "Step",
+    "StepBytes",
     "LoadedStep",
     "SaveStatus",
     "LoadReport",

@@ -35,6 +35,7 @@ from pytest_dcp._engine.steps.increments import Increments, require_local
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.load_step import LoadedStep, choose_latest, load_latest_step
+from pytest_dcp._engine.steps.measure_steps import StepBytes, measure_steps
 from pytest_dcp._engine.steps.open_run import OpenRun, RunRanks
 from pytest_dcp._engine.steps.preemption import StopRequest
 from pytest_dcp._engine.steps.remove_steps import remove_later_steps
@@ -233,6 +234,12 @@ class CheckpointManager:
             raise ValueError(f"check= takes 'names', 'sizes' or 'checksums', got {check!r}")
         run = self._run
         return run.ask_coordinator("list the steps", lambda: run.steps.list_steps(check))
+
+    @drop_inner_frames
+    def measure(self) -> list[StepBytes]:
+        """The bytes on disk of each step, with and without the files that it shares. Collective."""
+        run = self._run
+        return run.ask_coordinator("measure", lambda: measure_steps(run.steps.folders))
 
     @drop_inner_frames
     def remove_after(self, step: int) -> list[int]:

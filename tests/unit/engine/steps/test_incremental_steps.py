@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
@@ -278,6 +279,25 @@ def test_retention_frees_files_without_a_step(root: Path) -> None:
         manager.save(step, mostly_frozen(step))
     assert whole_steps(manager) == [5]
     assert bytes_on_disk(root) < SHARED.nbytes + 30_000
+
+
+def test_measures_tell_own_bytes_from_shared_ones(root: Path) -> None:
+    manager = incremental(root)
+    save_all(manager, {step: mostly_frozen(step) for step in (1, 2)})
+    one, two = manager.measure()
+    before = bytes_on_disk(root)
+    assert one.nbytes > SHARED.nbytes
+    assert two.nbytes > SHARED.nbytes
+    assert max(one.own_nbytes, two.own_nbytes) < 20_000
+    manager.remove_after(1)
+    assert before - bytes_on_disk(root) == two.own_nbytes
+    (alone,) = manager.measure()
+    assert alone.nbytes == alone.own_nbytes == one.nbytes
+
+
+def test_a_writer_can_be_sent_to_another_process(root: Path) -> None:
+    writer = incremental_writer.IncrementalWriter(root, "sha256", None)
+    assert pickle.loads(pickle.dumps(writer)).hash_name == "sha256"
 
 
 # Full steps.
