@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pytest_dcp._cli.exit_codes import REFUSED
-from pytest_dcp._cli.terminal import escape_unprintable
+from pytest_dcp._cli.terminal import ending_at_interrupts, escape_unprintable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(arguments)
     try:
-        from pytest_dcp._cli.commands import app
+        with ending_at_interrupts():
+            from pytest_dcp._cli.commands import app
     except ImportError as error:
         if error.name not in ("typer", "rich", "click"):
             raise

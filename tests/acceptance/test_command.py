@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -323,6 +324,18 @@ def test_a_terminal_that_lacks_characters_gets_escapes(tmp_path: Path) -> None:
             assert rb"mod\xe8le" in done.stdout
         if words[0] == "show":
             assert b"histogram  |#" in done.stdout
+
+
+def test_an_interrupt_amid_the_imports_prints_nothing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGINT); raise ImportError('half')"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_dcp", "ls", "x"],
+        capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_the_folder_of_a_run_is_named_with_its_steps(command: Command, samples: Path) -> None:

@@ -33,6 +33,7 @@ OLD_PICKLE = b"\x80\x02"
 HEAD_BYTES = 9
 """A safetensors file has its header's length in 8 bytes, then the header, which begins with {."""
 DATA_SUFFIX = ".distcp"
+TORCH_SAVE_SUFFIXES = (".pt", ".pth")
 METADATA = metadata_name()
 MEGATRON_RUN = "latest_checkpointed_iteration.txt"
 
@@ -174,6 +175,8 @@ def _describe_folder(folder: Folder, names: Sequence[str], rank: int | None) -> 
         return f"it has folders ({_show(below)}): open one of them"
     if not names:
         return "no files are there"
+    if files := [name for name in sorted(names) if name.endswith(TORCH_SAVE_SUFFIXES)]:
+        return f"it has files of torch.save ({_show(files)}): open one of them"
     return f"it has neither {METADATA} nor {SUFFIX} files, but {_show(sorted(names))}"
 
 
