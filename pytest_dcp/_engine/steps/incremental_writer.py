@@ -24,7 +24,7 @@ A crash before the commit leaves links in a folder without an index. They are no
 
 How much is kept: a file of which this rank would use less than half is not referred to; its
 blocks that are as before go into a new file of their own, apart from changing ones. So no step
-keeps more than twice its own bytes on disk, and what never changes is copied once at most. A step
+keeps more than twice its own bytes on disk, and frozen data is copied once at most. A step
 refers to at most `MOST_FILES` of them for each rank, so a folder does not fill with small files.
 
 Assumes that the state does not change while it is saved, as any save does. Every block is written,

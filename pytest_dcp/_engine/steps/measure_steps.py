@@ -17,9 +17,9 @@ class StepBytes:
 
     number: int
     nbytes: int
-    """Of all files: what a copy of the folder takes."""
+    """Of all files, as many as a copy of the folder takes."""
     own_nbytes: int
-    """Of the files with one name: what a removal of the step frees. In an object store all."""
+    """Of the files with one name, which a removal of the step frees. In an object store all."""
 
 
 def measure_steps(folders: StepFolders) -> list[StepBytes]:

@@ -32,7 +32,7 @@ class RunRanks:
 
     @property
     def has_coordinator(self) -> bool:
-        """Whether this rank is the coordinator, who looks at the folders."""
+        """Whether this rank is the coordinator, and looks at the folders."""
         return self.no_dist or dist.get_rank(self.group) == 0
 
     @property
@@ -74,7 +74,7 @@ class OpenRun:
 
     @property
     def steps(self) -> KnownSteps:
-        """What this process knows of the steps."""
+        """The steps, as this process has found them."""
         if self._process != os.getpid():
             self._process, self._lock, self._save = os.getpid(), RunLock(), None
             self._steps = KnownSteps(self.place, self.policy, self._steps.check)

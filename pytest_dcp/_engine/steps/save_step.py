@@ -1,4 +1,4 @@
-"""Saving one step of a run: what comes before the save, and what comes after it."""
+"""Saving one step of a run: its preparation, the save, and the removals after it."""
 
 from __future__ import annotations
 
