@@ -51,8 +51,10 @@ class Increments:
     def begin(self, steps: KnownSteps, step: int) -> IncrementPlan:
         """The plan of a save of this step, before its folder is made. The coordinator's alone."""
         drop_links(steps.folders.folder(step))
-        earlier, _ = steps.find_latest()
-        if earlier is None:
+        earlier, problems = steps.find_latest()
+        # A step with an index is damaged, not unfinished. An earlier one may have the same file,
+        # and may have been read before the damage: referring to it would pass the damage on.
+        if earlier is None or any(map(steps.has_index, problems)):
             return IncrementPlan(BEST_HASH)
         try:
             catalog = read_catalog(steps.folders.folder(earlier.number), METADATA)

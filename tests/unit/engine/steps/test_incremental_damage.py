@@ -200,6 +200,18 @@ def test_a_damaged_step_is_not_referred_to_if_every_byte_is_checked(root: Path) 
     assert not data_files(root, 1).keys() & data_files(root, 2).keys()
 
 
+def test_damage_after_the_check_is_not_passed_on_for_good(root: Path) -> None:
+    """Step 1 is read when it is saved, then damaged; step 2 shares its file, and is found out."""
+    manager = incremental(root, check="checksums", keep_last=5)
+    manager.save(1, mostly_frozen(1))
+    (path,) = folder_of(root, 1).glob("*.distcp")
+    spoil(path)
+    for step in (2, 3):
+        manager.save(step, mostly_frozen(step))
+    assert_holds(folder_of(root, 3), mostly_frozen(3))
+    assert not data_files(root, 1).keys() & data_files(root, 3).keys()
+
+
 def test_damage_in_a_shared_file_is_found_in_each_step(root: Path) -> None:
     manager = incremental(root)
     manager.save(1, mostly_frozen(1))
