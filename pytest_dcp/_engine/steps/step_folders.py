@@ -74,11 +74,11 @@ class StepNotes:
     @staticmethod
     def from_bytes(data: bytes) -> StepNotes:
         """Inverse of `to_bytes`; anything else than such notes is left out."""
-        with suppress(ValueError, TypeError, AttributeError):
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
             raw = json.loads(data)
             metrics = {}
             for name, value in dict(raw.get("metrics") or {}).items():
-                with suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError, OverflowError):
                     metrics[str(name)] = float(value)
             saved_at = None
             with suppress(ValueError, TypeError):
@@ -176,9 +176,9 @@ class StepFolders:
         return Folder(self.root.disk, below)
 
     def _latest(self) -> set[int]:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             step = json.loads(read_small(self.root, LATEST))["step"]
-            return {step} if isinstance(step, int) and step >= 0 else set()
+            return {step} if isinstance(step, int) and 0 <= step <= LAST_STEP else set()
         return set()
 
     def folder_names(self) -> list[str]:
@@ -207,7 +207,7 @@ def _files_of_index(folder: Folder) -> list[str]:
 
 
 def _files_of_removal(folder: Folder) -> list[str]:
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         names = list(json.loads(read_small(folder, REMOVAL))["files"])
         return [name for name in names if isinstance(name, str) and _is_plain_name(name)]
     return []

@@ -60,7 +60,15 @@ def test_a_step_that_a_listing_lacks_is_found_by_the_note_of_the_latest(
     assert again.numbers() == [3]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "3"}', '{"step": -1}', '{"step": 99}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"step": "3"}', '{"step": -1}', '{"step": 99}'),
+        f'{{"step": 1{"0" * 300}}}',
+        "[" * 200_000,
+    ],
+    ids=range(8),
+)
 def test_a_wrong_note_of_the_latest_is_ignored(
     folders: StepFolders, tmp_path: Path, text: str
 ) -> None:
@@ -79,7 +87,13 @@ def test_notes_come_back(folders: StepFolders) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"null", b"[1]", b'{"metrics": 3}', b'{"metrics": {"a": "x"}}', b"\xff\xfe"]
+    "data",
+    [
+        *(b"", b"null", b"[1]", b'{"metrics": 3}', b'{"metrics": {"a": "x"}}', b"\xff\xfe"),
+        b'{"metrics": {"a": 1%s}}' % (b"0" * 400),
+        b"[" * 200_000,
+    ],
+    ids=range(8),
 )
 def test_damaged_notes_are_empty(data: bytes) -> None:
     assert StepNotes.from_bytes(data).metrics == {}
