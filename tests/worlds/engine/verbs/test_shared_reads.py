@@ -507,6 +507,26 @@ def test_a_rank_that_stops_is_named_once_the_groups_timeout_is_over(
 
 
 @pytest.mark.world_size(4)
+def test_a_rank_may_read_what_it_alone_wants_for_longer_than_the_groups_timeout(
+    rank: int, checkpoint_dir: Path
+) -> None:
+    wanted = {"w": numbered(4000, 1000), "alone": numbered(40)}
+    dcp.save(wanted, checkpoint_id=checkpoint_dir)
+    group = dist.new_group(timeout=timedelta(seconds=SILENCE_S))
+    read_copies = shared_reading.read_copies
+
+    def read_slowly(request: Any) -> Any:
+        time.sleep(SILENCE_S + 1)
+        return read_copies(request)
+
+    mine = wanted if rank == 0 else {"w": wanted["w"]}
+    read = read_slowly if rank == 0 else read_copies
+    with mock.patch.object(shared_reading, "read_copies", read):
+        loaded, _ = shared(mine, checkpoint_id=checkpoint_dir, process_group=group)
+    assert same(loaded, mine)
+
+
+@pytest.mark.world_size(4)
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_that_dies_after_its_first_bucket_fails_all_others(
     world: RankWorld, rank: int, checkpoint_dir: Path, victim: int
