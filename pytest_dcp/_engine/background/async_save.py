@@ -107,7 +107,13 @@ def async_save(
             if stager is None and staging_budget is None:
                 _skip_stage(storage_writer)
             staging = _Staging(state_dict, stager, shared=in_process, budget_bytes=staging_budget)
-        return staging.response(job(staging.state, staging.unstaged))
+        try:
+            return staging.response(job(staging.state, staging.unstaged))
+        except BaseException:
+            # Ctrl-C, also before the wait: the caller may change its tensors from here on.
+            if staging.unstaged is not None:
+                staging.unstaged.abandon()
+            raise
 
 
 def _require_own_staging(

@@ -70,9 +70,13 @@ class UnstagedTensors:
         try:
             self._go_on.wait()
         except BaseException:
-            with self._lock:
-                self._may_have_changed = True
+            self.abandon()
             raise
+
+    def abandon(self) -> None:
+        """Let the save fail unless the values are written: nothing waits for them any more."""
+        with self._lock:
+            self._may_have_changed = True
 
 
 _current: ContextVar[tuple[UnstagedTensors | None, object]] = ContextVar(

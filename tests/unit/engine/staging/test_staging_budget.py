@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.background import async_save as background_save
 from pytest_dcp._engine.io import write_files
 from pytest_dcp._engine.staging.buffer_pool import Pool
 from pytest_dcp._engine.staging.stager import KEPT, stage_within_budget
@@ -194,6 +195,31 @@ def test_a_caller_that_was_interrupted_gets_no_checkpoint_of_changed_tensors() -
         tensors.wait()
     with pytest.raises(CheckpointError, match="interrupted while it waited"):
         tensors.finish_writing()
+
+
+def test_an_interrupt_before_the_wait_leaves_no_checkpoint_of_changed_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed, uploads = threading.Event(), list[Any]()
+
+    class Late(dcp.FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            assert changed.wait(DEADLINE_S)
+            return super().write_data(plan, planner)
+
+    def interrupt(staging: Any, upload: Any) -> Any:
+        uploads.append(upload)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(background_save._Staging, "response", interrupt)
+    training = state()
+    with pytest.raises(KeyboardInterrupt):
+        dcp.async_save(training, storage_writer=Late(tmp_path), staging_budget=0)
+    spoil(training)
+    changed.set()
+    with pytest.raises(CheckpointException, match="interrupted while it waited"):
+        uploads[0].result(DEADLINE_S)
+    assert not (tmp_path / ".metadata").exists()
 
 
 def test_the_first_tensors_that_fit_are_copied() -> None:
