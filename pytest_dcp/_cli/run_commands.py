@@ -119,7 +119,7 @@ def prune_run(
         if dry_run:
             removed = run_steps.steps_to_remove(keep_last)
         else:
-            with _locked(run_steps, run, idle=idle):
+            with _hold_lock(run_steps, run, idle=idle):
                 removed = run_steps.remove_old(keep_last)
         if as_json:
             print_json({"run": run, "removed": removed, "dry_run": dry_run})
@@ -145,7 +145,7 @@ def clean_run(
         if dry_run:
             found = find_leftovers(run_steps, quarantined=quarantined)
         else:
-            with _locked(run_steps, run, idle=idle):
+            with _hold_lock(run_steps, run, idle=idle):
                 found = remove_leftovers(run_steps, quarantined=quarantined)
         nbytes = sum(leftover.nbytes for leftover in found)
         if as_json:
@@ -174,7 +174,7 @@ def _open_steps(
 
 
 @contextmanager
-def _locked(run_steps: KnownSteps, run: str, *, idle: bool) -> Iterator[None]:
+def _hold_lock(run_steps: KnownSteps, run: str, *, idle: bool) -> Iterator[None]:
     """Keep jobs from saving meanwhile. Raises CheckpointError if one does."""
     if not isinstance(run_steps.folders.root.disk, LocalDisk) and not idle:
         raise ValueError(f"{run} has no lock: pass --idle if you know that no job saves in it")

@@ -102,8 +102,8 @@ class RunningSave:
             future.result()
         except StepError as error:
             # The caller has begun other steps since.
-            named = StepError(error.step, error.failures, f"save of step {self.step}")
-            raise named from error.__cause__
+            step_error = StepError(error.step, error.failures, f"save of step {self.step}")
+            raise step_error from error.__cause__
 
     def status(self) -> SaveStatus:
         """How far it is now. Local; any thread may ask."""

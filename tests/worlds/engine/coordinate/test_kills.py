@@ -252,9 +252,16 @@ def test_a_rank_killed_at_any_instant_is_named_and_leaves_the_old_or_the_new(
     print(f"kills in {name}: {dict(outcomes)}, survivors were done {slowest_s:.2f} s after at most")
 
 
-HARMLESS = (signal.SIGINT, signal.SIGSTOP, signal.SIGWINCH, signal.SIGURG)
-"""Ctrl-C is the rank's; a process that is stopped goes on a moment later."""
-DEADLY = (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+HARMLESS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGSTOP,
+    signal.SIGWINCH,
+    signal.SIGURG,
+)
+"""Ctrl-C and a scheduler's signals are the rank's; a stopped process goes on a moment later."""
+DEADLY = (signal.SIGKILL, signal.SIGHUP, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 SIGNALS = 100 if IS_NIGHTLY else 3
 
 
