@@ -86,6 +86,10 @@ def _begin(
     if step > LAST_STEP:
         raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
 
+    if not keywords.get("use_collectives", True):
+        raise ValueError(
+            "use_collectives=False cannot be given: a step has one index, which rank 0 writes"
+        )
     increments = run.increments
     if increments is not None:
         require_no_writer(keywords)

@@ -315,6 +315,13 @@ def test_wrong_rules_are_refused(root: Path, keywords: dict[str, Any], text: str
         manager_of(root, **keywords)
 
 
+@pytest.mark.parametrize("save", ["save", "async_save"])
+def test_a_step_that_each_rank_would_commit_alone_is_refused(root: Path, save: str) -> None:
+    with pytest.raises(ValueError, match="use_collectives=False cannot be given"):
+        getattr(manager_of(root), save)(1, state_of(1), use_collectives=False)
+    assert not root.exists()
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, "3", True])
 def test_a_wrong_step_is_refused_before_anything_is_written(root: Path, step: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="step takes a"):
