@@ -24,6 +24,7 @@ from pytest_dcp._engine.coordinate.failure import (
     RemoteError,
     StepError,
 )
+from pytest_dcp._engine.steps.link_files import NoHardLinksError
 from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp._harness.controller.lease_errors import (
     GpusUnavailable,
@@ -82,6 +83,7 @@ SHORTAGE = Shortage(
 )
 SAMPLES: dict[type[DcpError], DcpError] = {
     DcpError: DcpError("rank 3: it's broken"),
+    NoHardLinksError: NoHardLinksError("the file system of run makes no hard links"),
     ProcessExitError: ProcessExitError("the process ended itself by sys.exit(3)"),
     WorldError: WorldError("rank 1: was killed", FAILURES),
     DivergedError: DivergedError("ranks asked the world for different things"),

@@ -66,10 +66,11 @@ def async_save(
     progress, replicas: as for `save`. Progress is called in a thread of the background save; an
     exception of it ends the save on every rank. Copies are compared while the state is saved.
     storage_options: as for `save`.
-    staging_budget: the most bytes of memory that the copies of all saves under way may take in this
-        rank. Tensors that do not fit are written from their own memory, first of all, and the call
-        returns once they are written: 0 copies none. Then it waits for the other ranks, and for
-        the saves before it, too. For saves in a thread, without a stager. Raises ValueError.
+    staging_budget: the most bytes that copies of plain tensors may take in this rank, for all saves
+        under way; other values are always copied. Tensors that do not fit are written from their
+        own memory, first of all, and the call returns once they are written: 0 copies none. Then it
+        waits for the other ranks, and for the saves before it, too. For saves in a thread, without
+        a stager. Raises ValueError.
 
     >>> import torch
     >>> from pytest_dcp.checkpoint import async_save, load_without_template

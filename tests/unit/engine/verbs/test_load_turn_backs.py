@@ -51,9 +51,10 @@ LAYERS = (
 )
 """The rooms from top to bottom, as the import contract has them."""
 LAYER_OF = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
-MOST = 8
+MOST = 10
 """Four times the team runs a rank's part of a step (plan, compare, judge, fill), so that a failure
-reaches all ranks; the others ask the reader for its place, and whether it ignores plans."""
+reaches all ranks; the others ask the reader for its place, whether it ignores plans, and for two
+facts of its index, which it finds out when it is asked."""
 
 TurnBack = tuple[str, str]
 """From which function, to which."""

@@ -193,7 +193,7 @@ def test_torchs_checkpoints_are_shared(checkpoint_dir: Path, layout: str) -> Non
     assert same(loaded, wanted)
 
 
-def test_the_ranks_read_of_torchs_checkpoint_what_one_rank_alone_reads(
+def test_ranks_together_read_no_more_of_torchs_checkpoint_than_one_rank(
     store: Path, rank: int
 ) -> None:
     """Beside the tensors that is a little at the end of each entry, to find them."""
@@ -507,7 +507,7 @@ def test_a_rank_that_stops_is_named_once_the_groups_timeout_is_over(
 
 
 @pytest.mark.world_size(4)
-def test_a_rank_may_read_what_it_alone_wants_for_longer_than_the_groups_timeout(
+def test_a_rank_may_read_its_own_part_for_longer_than_the_groups_timeout(
     rank: int, checkpoint_dir: Path
 ) -> None:
     wanted = {"w": numbered(4000, 1000), "alone": numbered(40)}
