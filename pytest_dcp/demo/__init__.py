@@ -9,7 +9,8 @@ Read the files in this order; all shard the small model of `model.py`:
 3. `test_fsdp.py`: a training step, saved by four ranks and loaded by two;
 4. `test_meta_device.py`: a model built without memory and filled from a checkpoint;
 5. `test_fault.py`: a rank that cannot write, and a rank that dies;
-6. `test_failure_report.py`: a test that fails as expected. `conftest.py` shows its report at the
+6. `test_resume.py`: the small trainer of `trainer.py`, killed at any time and resumed;
+7. `test_failure_report.py`: a test that fails as expected. `conftest.py` shows its report at the
    end, below the processes that were started and the time that they took.
 
 Checkpoints are those of `pytest_dcp.checkpoint`, imported instead of
