@@ -77,7 +77,11 @@ def written_message(columns: WriteColumns, checks: Checks | None) -> tuple[Hasha
     digits = sum(map(len, columns.files))
     counts = (len(columns.length), len(columns.sums), len(columns.files), digits)
     checksums = np.zeros(len(columns.sums), dtype=np.uint32)
-    return (counts, None if sums is None else len(sums)), (replace(columns, sums=checksums), sums)
+    return (counts, None if sums is None else len(sums)), (
+        replace(columns, sums=checksums),
+        sums,
+        True,
+    )
 
 
 def write_messages(keyed: Sequence[tuple[Hashable, object]], metadata: int) -> StepMessages:

@@ -101,8 +101,9 @@ def remaining_jobs(
     spare: its name and size. Pure.
 
     >>> jobs = [FileJob("f0", [0, 1], 90), FileJob("f1", [2], 10)]
-    >>> remaining_jobs(jobs, {2: 8}, [1], FileJob("f9", [], 50))
-    [FileJob(name='f0', rows=[0], nbytes=0), FileJob(name='f9', rows=[1], nbytes=50)]
+    >>> remaining = remaining_jobs(jobs, {2: 8}, [1], FileJob("f9", [], 50))
+    >>> [(job.name, job.rows, job.nbytes) for job in remaining]
+    [('f0', [0], 0), ('f9', [1], 50)]
     """
     away = {*used, *apart}
     remaining = []
