@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain
 from typing import IO, Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from pytest_dcp._engine.format.checksum import crc32
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
 from pytest_dcp._engine.format.write_results import WriteColumns
+from pytest_dcp._engine.io.block_sums import BlockSums, block_sums
 from pytest_dcp._engine.io.disk import Buffer, Out
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.mapped_windows import HUGE_PAGE_BYTES
@@ -232,29 +233,18 @@ def _put_tensor(file: File, rows: Rows, row: int, tensor: torch.Tensor, settings
 
 def put_data(file: File, tensor: torch.Tensor, settings: Settings) -> list[int]:
     """Write the tensor's values; their checksums."""
-    sums: list[int] = []
-    crc, filled = 0, 0
+    sums = BlockSums()
     flat = is_flat(tensor)
     step = PIECE_BYTES if flat else max(settings.copy_ahead_bytes, BLOCK_BYTES)
     for piece in pieces(tensor, step):
         for part in range(0, len(piece), PIECE_BYTES):
             view = piece[part : part + PIECE_BYTES]
-            at = 0
-            while at < len(view):
-                # Blocks are counted from the tensor's start, independent of the pieces.
-                until = min(at + BLOCK_BYTES - filled, len(view))
-                crc = crc32(view[at:until], crc)
-                filled = (filled + until - at) % BLOCK_BYTES
-                at = until
-                if not filled:
-                    sums.append(crc)
+            sums.update(view)
             file.put(view, len(view))
         if not flat:  # the next piece reuses this one's memory
             file.flush()
     file.settle()
-    if filled:
-        sums.append(crc)
-    return sums
+    return sums.finish()
 
 
 def _put_value(file: File, rows: Rows, row: int, entry: bytes) -> None:
@@ -310,9 +300,7 @@ class _Tap(io.RawIOBase):
 
     def __init__(self, file: File) -> None:
         self._file = file
-        self._sums: list[int] = []
-        self._crc = 0
-        self._filled = 0
+        self._sums = BlockSums()
 
     def writable(self) -> bool:
         return True
@@ -322,35 +310,14 @@ class _Tap(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         view = memoryview(bytes(data))
-        for at in _cuts(len(view), self._filled):
-            self._crc = crc32(view[at], self._crc)
-            self._filled = (self._filled + at.stop - at.start) % BLOCK_BYTES
-            if not self._filled:
-                self._sums.append(self._crc)
+        self._sums.update(view)
         self._file.put(view)
         self._file.settle()
         return len(view)
 
     def sums(self) -> list[int]:
         """Checksums of what has passed."""
-        return [*self._sums, *([self._crc] if self._filled else [])]
-
-
-def _cuts(nbytes: int, filled: int) -> list[slice]:
-    """Slices of `nbytes` that end where blocks end, the current one being filled so far."""
-    edges = [0, *range(BLOCK_BYTES - filled, nbytes, BLOCK_BYTES), nbytes]
-    return [slice(a, b) for a, b in pairwise(edges) if b > a]
-
-
-def block_sums(data: Buffer) -> list[int]:
-    """The running CRC-32 at the end of each block."""
-    view = memoryview(data)
-    sums: list[int] = []
-    crc = 0
-    for at in range(0, len(view), BLOCK_BYTES):
-        crc = crc32(view[at : at + BLOCK_BYTES], crc)
-        sums.append(crc)
-    return sums
+        return self._sums.finish()
 
 
 def balance_by_bytes(size_bytes: Ints, bins: int) -> list[list[int]]:

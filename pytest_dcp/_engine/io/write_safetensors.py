@@ -22,6 +22,7 @@ from pytest_dcp._engine.format.safetensors_header import (
 )
 from pytest_dcp._engine.format.wrapper_entry import WrapperEntry
 from pytest_dcp._engine.format.write_results import WriteColumns
+from pytest_dcp._engine.io.block_sums import block_sums
 from pytest_dcp._engine.io.tensor_memory import is_flat, memory_of
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.io.write_files import (
@@ -29,7 +30,6 @@ from pytest_dcp._engine.io.write_files import (
     Rows,
     Settings,
     WriteRequest,
-    block_sums,
     put_data,
     written_rows,
 )

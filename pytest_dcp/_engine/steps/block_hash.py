@@ -15,6 +15,7 @@ import torch
 
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES
 from pytest_dcp._engine.format.checksum import crc32
+from pytest_dcp._engine.io.block_sums import BlockSums
 from pytest_dcp._engine.io.tensor_memory import is_flat, pieces
 
 PIECE_BYTES = 1 << 20
@@ -81,23 +82,11 @@ def sum_and_hash(
     >>> hex(sums[0]), digest.hex()[:8]
     ('0x352441c2', 'ba7816bf')
     """
-    running = HASH_MAKERS[hash_name]()
-    sums: list[int] = []
-    crc, filled = 0, 0
+    running, sums = HASH_MAKERS[hash_name](), BlockSums()
     for piece in _pieces(data, copy_bytes):
-        at = 0
-        while at < len(piece):
-            # Blocks are counted from the block's start, independent of the pieces.
-            until = min(at + BLOCK_BYTES - filled, len(piece))
-            crc = crc32(piece[at:until], crc)
-            filled = (filled + until - at) % BLOCK_BYTES
-            at = until
-            if not filled:
-                sums.append(crc)
+        sums.update(piece)
         running.update(piece)
-    if filled:
-        sums.append(crc)
-    return sums, running.digest()
+    return sums.finish(), running.digest()
 
 
 def _pieces(data: Data, nbytes: int) -> Iterable[memoryview]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.write_results import WriteResults, places_of
+from pytest_dcp._engine.io import block_sums as block_sums_module
 from pytest_dcp._engine.io import checked_ranges as ranges
 from pytest_dcp._engine.io import read_copies as read
 from pytest_dcp._engine.io import write_files as write
@@ -115,6 +116,7 @@ def small(stack: ExitStack) -> None:
     """Blocks, pieces and limits of a few bytes."""
     patch = stack.enter_context(pytest.MonkeyPatch.context())
     for module, name, value in [
+        (block_sums_module, "BLOCK_BYTES", BLOCK),
         (write, "BLOCK_BYTES", BLOCK),
         (write, "PIECE_BYTES", 24),
         (write, "WRITE_BYTES", 100),

@@ -23,7 +23,9 @@ from pytest_dcp._engine.format.write_results import (
     places_of,
     whole_places_of,
 )
+from pytest_dcp._engine.io import block_sums as block_sums_module
 from pytest_dcp._engine.io import write_files as write
+from pytest_dcp._engine.io.block_sums import block_sums
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalOut
@@ -33,7 +35,6 @@ from pytest_dcp._engine.io.write_files import (
     Settings,
     WriteRequest,
     balance_by_bytes,
-    block_sums,
     write_files,
 )
 from pytest_dcp._engine.plan.columns import WriteItems
@@ -74,6 +75,7 @@ def written_to(folder: Path, items: list, data: list, files: int = 1, threads: i
     with pytest.MonkeyPatch.context() as patch:
         for name, value in [("BLOCK_BYTES", BLOCK), ("PIECE_BYTES", 24), ("WRITE_BYTES", 100)]:
             patch.setattr(write, name, value)
+        patch.setattr(block_sums_module, "BLOCK_BYTES", BLOCK)
         settings = Settings(sync=False, threads=threads, copy_ahead_bytes=20)
         written = write_files(
             WriteRequest(Folder(LocalDisk(), folder), jobs, data.__getitem__, settings, watcher)
@@ -333,7 +335,7 @@ def test_groups_of_rows_are_balanced_and_in_order(sizes, bins):
 @fewer(2)
 def test_block_sums_are_those_of_all_that_came_before(data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "BLOCK_BYTES", BLOCK)
+        patch.setattr(block_sums_module, "BLOCK_BYTES", BLOCK)
         expected = [crc32(data[: at + BLOCK]) for at in range(0, len(data), BLOCK)]
         assert block_sums(data) == expected
 
