@@ -7,7 +7,6 @@ target is as it was until then; after a failure the new files are removed.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +29,11 @@ from pytest_dcp._engine.huggingface.consolidate import Report
 from pytest_dcp._engine.io.commit import data_name
 from pytest_dcp._engine.io.write_files import balance_by_bytes
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.storages.folder_cleanup import discard_files
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
 from pytest_dcp._engine.verbs.save_messages import compress_results, expand_results
 from pytest_dcp._engine.verbs.storage_for_id import writer_for
-from pytest_dcp.errors import CheckpointError
 
-logger = logging.getLogger("pytest_dcp.checkpoint")
 PathLike = str | os.PathLike[str]
 
 
@@ -46,11 +44,6 @@ class WritePart:
     writer: StorageWriter
     plan: SavePlan
     tensors: tuple[ConvertedTensor, ...]
-
-    @property
-    def steps(self) -> int:
-        """Tensors."""
-        return len(self.tensors)
 
     def run(self, line: Connection) -> tuple[Any, int]:
         """Carry it out; each tensor is one step of progress."""
@@ -92,10 +85,7 @@ def save_in_processes(
         ]
         writer.finish(metadata=metadata, results=results)  # type: ignore[arg-type]  # sequences
     except BaseException:
-        try:
-            writer.discard()
-        except (OSError, CheckpointError) as error:
-            logger.warning("files of a failed conversion are still there: %r", error)
+        discard_files(writer, "conversion")
         raise
     return sum(bytes_read for _, bytes_read in answers)
 
@@ -119,10 +109,4 @@ def _write_parts(
         WritePart(writer, part, tuple(contents.tensors[item.index.fqn] for item in part.items))
         for part in parts
     ]
-    remaining = [iter(order.tensors) for order in orders]
-
-    def advance(number: int, steps: int) -> None:
-        for _ in range(steps):
-            report(next(remaining[number]).name)
-
-    return run_orders(contents.checkpoint, orders, len(orders), advance)
+    return run_orders(contents.checkpoint, orders, len(orders), report)

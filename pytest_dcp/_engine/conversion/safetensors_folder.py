@@ -109,11 +109,6 @@ class WriteSafetensorsFile:
     tensors: tuple[ConvertedTensor, ...]
     budget_bytes: int
 
-    @property
-    def steps(self) -> int:
-        """Tensors."""
-        return len(self.tensors)
-
     def run(self, line: Connection) -> int:
         """Carry it out; each tensor is one step of progress."""
         contents = TensorsToConvert(opened_source(), self.tensors)
@@ -148,13 +143,7 @@ def _write_in_processes(
         )
         for name, fqns in output.files.items()
     ]
-    remaining = [iter(order.tensors) for order in orders]
-
-    def advance(number: int, steps: int) -> None:
-        for _ in range(steps):
-            report(next(remaining[number]).name)
-
-    return sum(run_orders(contents.checkpoint, orders, settings.processes, advance))
+    return sum(run_orders(contents.checkpoint, orders, settings.processes, report))
 
 
 def _commit(output: ConsolidatedFolder, nbytes: int) -> None:

@@ -15,8 +15,9 @@ The caller removes unfinished files afterwards: no process writes any more.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ import torch
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.background.process import START_S, SaverProcess
 from pytest_dcp._engine.background.worker import Begin, Order
+from pytest_dcp._engine.conversion.converted_contents import ConvertedTensor
+from pytest_dcp._engine.huggingface.consolidate import Report
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint, open_checkpoint
 from pytest_dcp.errors import CheckpointReplacedError, SaverProcessError
@@ -41,8 +44,8 @@ class ConversionOrder(Order, Protocol):
     """A share of the work, for one process."""
 
     @property
-    def steps(self) -> int:
-        """How many steps of progress it counts."""
+    def tensors(self) -> Sequence[ConvertedTensor]:
+        """The tensors that it writes, in the order in which it counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +129,12 @@ def run_orders(
     checkpoint: OpenCheckpoint,
     orders: Sequence[ConversionOrder],
     processes: int,
-    advance: Callable[[int, int], None],
+    report: Report,
 ) -> list[Any]:
     """Carry out the orders in several processes; returns their answers.
 
     checkpoint: the source, open in this process; the others open it again.
-    advance: called with an order's number and the steps of it that are done, from any thread.
+    report: called with the name of each tensor that is written, from any thread.
 
     Raises the first error; by then all processes have ended.
     """
@@ -151,7 +154,7 @@ def run_orders(
             threads = max(1, torch.get_num_threads() // processes)
             line.ask(OpenSource(source, threads), stop.check, SILENCE_S)
             while (number := take()) is not None:
-                answers[number] = _ask(line, orders[number], number, stop, advance)
+                answers[number] = _ask(line, orders[number], stop, report)
         except SaverProcessError as error:
             raise SaverProcessError(
                 f"a process of the conversion ended early ({error}): it was killed, perhaps for "
@@ -165,21 +168,13 @@ def run_orders(
     return answers
 
 
-def _ask(
-    line: SaverProcess,
-    order: ConversionOrder,
-    number: int,
-    stop: StopFlag,
-    advance: Callable[[int, int], None],
-) -> Any:
-    done = 0
+def _ask(line: SaverProcess, order: ConversionOrder, stop: StopFlag, report: Report) -> Any:
+    remaining = iter(order.tensors)
 
-    def count(steps: int) -> None:
-        nonlocal done
-        done += steps
-        advance(number, steps)
+    def advance(count: int) -> None:
+        for tensor in islice(remaining, count):
+            report(tensor.name)
 
-    answer = line.ask(order, stop.check, SILENCE_S, advance=count)
-    if done < order.steps:
-        advance(number, order.steps - done)
+    answer = line.ask(order, stop.check, SILENCE_S, advance=advance)
+    advance(len(order.tensors))  # the ones that it has not counted
     return answer

@@ -12,7 +12,6 @@ Guarantees: until the commit the target is as it was; after a failure its new fi
 from __future__ import annotations
 
 import io
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,12 +35,10 @@ from pytest_dcp._engine.resharding.placement_texts import PlacementRules
 from pytest_dcp._engine.simulation.local_plans import make_local_plans
 from pytest_dcp._engine.simulation.mesh_ranks import MeshRanks
 from pytest_dcp._engine.simulation.named_placements import PlacementLookup
+from pytest_dcp._engine.storages.folder_cleanup import discard_files
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
-from pytest_dcp.errors import CheckpointError
 from pytest_dcp.garbage_collection import collector_paused
 from pytest_dcp.tracebacks import drop_inner_frames
-
-logger = logging.getLogger("pytest_dcp.checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +112,7 @@ def _write(
             report(str(rank))
         writer.finish(metadata=metadata, results=results)
     except BaseException:
-        try:
-            writer.discard()
-        except (OSError, CheckpointError) as error:
-            logger.warning("files of a failed conversion are still there: %r", error)
+        discard_files(writer, "conversion")
         raise
 
 

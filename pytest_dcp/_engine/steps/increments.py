@@ -1,7 +1,7 @@
 """The begin of an incremental save: to which earlier step it may refer, and by which hash.
 
-The coordinator decides (`Increments.plan`) and sends the plan to all ranks, which each make their
-writer by it (`Increments.target`).
+The coordinator decides (`Increments.begin`) and sends the plan to all ranks, each of which makes
+its writer by it (`Increments.writer`).
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ from pytest_dcp._engine.io.disk import Disk
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.registering_disk import CreatedFiles, RegisteringDisk
 from pytest_dcp._engine.plan.hooks import is_overridden
+from pytest_dcp._engine.plan.storage_capabilities import cleans_up
 from pytest_dcp._engine.storages import local_filesystem
 from pytest_dcp._engine.storages.folder_metadata import FolderOfCheckpoint, files_named
-from pytest_dcp.errors import CheckpointCorruptError
+from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 
 logger = logging.getLogger("pytest_dcp.checkpoint")
 
@@ -121,3 +122,15 @@ class FolderCleanup(FolderOfCheckpoint):
         """This folder, or the one of this path, for all files that a save makes: see `discard`."""
         disk = RegisteringDisk(self._disk(), self._created_files)
         return Folder(disk, self.path if path is None else path)
+
+
+def discard_files(writer: object, work: str) -> None:
+    """Remove the writer's files of work that failed, whose own error takes precedence.
+
+    work: "save", for the log.
+    """
+    if cleans_up(writer):
+        try:
+            writer.discard()
+        except (OSError, CheckpointError) as error:
+            logger.warning("files of a failed %s are still there: %r", work, error)

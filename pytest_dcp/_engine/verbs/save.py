@@ -25,9 +25,10 @@ from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sum
 from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.staging.unstaged_tensors import written_first
+from pytest_dcp._engine.storages.folder_cleanup import discard_files
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.fake_group import fake_group_of, plan_in_fake_world
-from pytest_dcp._engine.verbs.phase_timing import Phases, logger
+from pytest_dcp._engine.verbs.phase_timing import Phases
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
     compress_plan,
@@ -47,7 +48,6 @@ from pytest_dcp._engine.verbs.torch_arguments import (
     resolve_stateful,
 )
 from pytest_dcp._engine.verbs.wire_classes import allows_pickles
-from pytest_dcp.errors import CheckpointError
 from pytest_dcp.tracebacks import drop_inner_frames, warn_caller
 
 
@@ -199,7 +199,7 @@ class Save:
                 try:
                     metadata = together(team)
                 except BaseException:
-                    self._discard()
+                    discard_files(self.writer, "save")
                     raise
             where = place_of(self.writer) or self.writer
             self.phases.log("saved", where, watcher.done_bytes, team.rank)
@@ -340,14 +340,6 @@ class Save:
     def _finish(self, results: list[Any]) -> None:
         with self._events("finish_checkpoint"):
             self.writer.finish(metadata=self._require_metadata(), results=results)
-
-    def _discard(self) -> None:
-        """Remove this rank's files of a failed save; the save's own error takes precedence."""
-        if cleans_up(self.writer):
-            try:
-                self.writer.discard()
-            except (OSError, CheckpointError) as error:
-                logger.warning("files of a failed save are still there: %r", error)
 
     def _require_metadata(self) -> Metadata:
         if self.metadata is None:
