@@ -15,7 +15,7 @@ import torch
 
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine import operating_system
-from pytest_dcp._engine.background.process import SaverProcess
+from pytest_dcp._engine.background.saver_process import SaverProcess
 from pytest_dcp._engine.conversion import worker_processes
 from pytest_dcp._engine.conversion.worker_processes import SourceToOpen, choose_processes
 from pytest_dcp.checkpoint import convert
@@ -139,7 +139,7 @@ def test_a_failure_in_one_process_leaves_the_old_checkpoint(tmp_path: Path) -> N
 PROGRAM = """
 import sys
 from pytest_dcp._cli.main import main
-from pytest_dcp._engine.background.process import SaverProcess
+from pytest_dcp._engine.background.saver_process import SaverProcess
 from pytest_dcp._engine.conversion.safetensors_folder import WriteSafetensorsFile
 ask = SaverProcess.ask
 def watched(line, order, *rest, **options):

@@ -30,8 +30,8 @@ After a death or a silence:
   others' saves fail through the processes' own group. The next save finds one missing in step 1.
 - A process is silent for the group's timeout: its rank kills it, which is the case above.
 - The caller's `progress` raises: its rank kills the process, and raises that exception.
-- Another rank's save fails: this rank's process must fail too, and has `GRACE_S` to report it; then
-  the rank kills it, as it may hang in a collective with a process that is gone.
+- Another rank's save fails: this rank's process must fail too, and has `saver_process.GRACE_S` to
+  report it; then the rank kills it, as it may hang in a collective with a process that is gone.
 - The rank ends: the kernel kills the process with the thread that started it (PR_SET_PDEATHSIG); so
   that thread lives as long as the saver. The old checkpoint remains unless the save was committed.
 - The rank forks: the child has neither thread nor process, and begins without them.
@@ -43,43 +43,30 @@ process outlives its rank.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import send_handle
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from pytest_dcp._engine import operating_system
+from pytest_dcp._engine.background.saver_process import LOOK_S, START_S, SaverProcess
 from pytest_dcp._engine.background.state_transfer import Shipment, pickle_state, ship_state
 from pytest_dcp._engine.background.worker import (
-    PROGRAM,
-    Advance,
-    Beat,
     Begin,
     Host,
     Join,
-    Order,
     Upload,
 )
-from pytest_dcp._engine.coordinate import PeerAborted, StepError, Team
-from pytest_dcp._engine.coordinate.failure import Cause
+from pytest_dcp._engine.coordinate import StepError, Team
 from pytest_dcp._engine.coordinate.machines import machine
 from pytest_dcp._engine.coordinate.peer_listener import peer_listener
 from pytest_dcp._engine.coordinate.rendezvous import timeout_of
@@ -87,13 +74,6 @@ from pytest_dcp._engine.io.progress_observer import Progress, shown_while_workin
 from pytest_dcp._engine.verbs.save_messages import decode_metadata
 from pytest_dcp.errors import SaverProcessError
 from pytest_dcp.tracebacks import forget_frames
-
-START_S = 300.0
-"""How long a process may take to start: on a busy machine the imports alone may take a minute."""
-GRACE_S = 2.0
-"""How long to wait for a process's answer after another rank's save failed: this one failed, too.
-"""
-LOOK_S = 0.05
 
 State = Callable[[], dict[str, Any]]
 
@@ -135,120 +115,6 @@ def pickle_for_process(writer: StorageWriter, planner: SavePlanner | None) -> by
                 "pickled out of its __getstate__"
             ) from error
     return pickle_state((writer, planner))
-
-
-class SaverProcess:
-    """A background process and the line to it. Used by one thread, which outlives it."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            orders = {
-                "fd": theirs.fileno(),
-                "parent": os.getpid(),
-                "path": [path for path in sys.path if isinstance(path, str)],
-                "threads": torch.get_num_threads(),
-            }
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(orders)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._connection = Connection(ours.detach())
-
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-        return self.process.poll() is None
-
-    def ask(
-        self,
-        order: Order,
-        check: Callable[[], None],
-        silence_s: float,
-        memory_fd: int | None = None,
-        advance: Callable[[int], None] = lambda count: None,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> Any:
-        """The answer to an order.
-
-        check: called again and again meanwhile; its error ends the wait. silence_s: how long the
-        process may give no sign of life. advance: called with the counts that the order sends.
-        progress: called with the progress of a save; its error kills the process.
-
-        Raises the order's exception, or that of `progress`, or SaverProcessError.
-        """
-        try:
-            self._connection.send(order)
-            if memory_fd is not None:
-                send_handle(self._connection, memory_fd, self.process.pid)
-            answer = self._answer(check, silence_s, advance, progress)
-        except (EOFError, OSError) as error:
-            raise SaverProcessError(self._how_it_ended()) from error
-        if isinstance(answer, Cause):
-            raise answer.rebuild()[0]
-        return answer
-
-    def _answer(
-        self,
-        check: Callable[[], None],
-        silence_s: float,
-        advance: Callable[[int], None],
-        progress: Callable[[Progress], None] | None,
-    ) -> Any:
-        heard_s = time.monotonic()
-        until_s = float("inf")
-        while True:
-            if self._connection.poll(LOOK_S):
-                answer = self._connection.recv()
-                heard_s = time.monotonic()
-                if isinstance(answer, Advance):
-                    advance(answer.count)
-                elif not isinstance(answer, Beat):
-                    return answer
-                elif progress is not None and answer.progress is not None:
-                    self._show(answer.progress, progress)
-            try:
-                check()
-            except PeerAborted:
-                until_s = min(until_s, time.monotonic() + GRACE_S)
-            if time.monotonic() > until_s:
-                self._give_up("did not give up its save when another rank's had failed")
-            if time.monotonic() > heard_s + silence_s:
-                self._give_up(f"has been silent for {silence_s:.3g} s")
-
-    def _show(self, state: Progress, progress: Callable[[Progress], None]) -> None:
-        try:
-            progress(state)
-        except BaseException:
-            self.end()
-            raise
-
-    def _give_up(self, why: str) -> None:
-        self.end()
-        raise SaverProcessError(f"the background process {self.process.pid} {why}: it was killed")
-
-    def _how_it_ended(self) -> str:
-        try:
-            status = self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            how = "closed its line: it was killed"
-        else:
-            how = f"was killed by {_signal(-status)}" if status < 0 else f"exited with {status}"
-        self.end()
-        return f"the background process {self.process.pid} {how}"
-
-    def end(self) -> None:
-        """Kill the process and reap it."""
-        self.process.kill()
-        self.process.wait()
-        self._connection.close()
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 class Saver:

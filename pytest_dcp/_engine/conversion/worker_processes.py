@@ -1,8 +1,8 @@
 """Conversions in several processes: each opens the source, and writes its share of the target.
 
 A thread for each process starts it, gives it one order after another, and waits for the answers.
-The process and the line to it are those of `async_save` in a process (`background.process`). Orders
-are taken from one list, so a process that is fast gets more.
+The process and the line to it are those of `async_save` in a process, see
+`background.saver_process`. Orders are taken from one list, so a process that is fast gets more.
 
 - An order fails: its error is raised here, after the other processes have been killed.
 - A process ends: its thread raises SaverProcessError, which says how.
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from pytest_dcp._engine import operating_system
-from pytest_dcp._engine.background.process import START_S, SaverProcess
+from pytest_dcp._engine.background.saver_process import START_S, SaverProcess
 from pytest_dcp._engine.background.worker import Begin, Order
 from pytest_dcp._engine.conversion.converted_contents import ConvertedTensor
 from pytest_dcp._engine.huggingface.consolidate import Report

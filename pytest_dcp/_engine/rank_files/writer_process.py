@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pytest_dcp._engine.background.process import START_S, SaverProcess
+from pytest_dcp._engine.background.saver_process import START_S, SaverProcess
 from pytest_dcp._engine.background.state_transfer import pickle_state
 from pytest_dcp._engine.background.worker import Begin
 from pytest_dcp._engine.rank_files.tied_state import ship_tied

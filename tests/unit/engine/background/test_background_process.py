@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
-from pytest_dcp._engine.background.process import SaverProcess
+from pytest_dcp._engine.background.saver_process import SaverProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
