@@ -12,9 +12,7 @@ its children, the least of the rounds: a busy machine changes them little.
 Needs the extra `test`.
 """
 
-import argparse
 import fnmatch
-import json
 import math
 import resource
 import shutil
@@ -28,9 +26,9 @@ from typing import Any
 
 import bench_opened
 import bench_worlds
-import figures
 import methods
 import processes
+import reports
 import suites
 import table
 import torch
@@ -369,15 +367,10 @@ def chosen(patterns: Sequence[str] | None) -> Iterator[Growth]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reports.make_parser(__doc__, FILE_NAME)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--only", action="append", metavar="NAME", help="a pattern of costs")
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go; default: a new one")
-    parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
-    figures.add_option(parser)
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # saves of one process, and overwriting, are intended here
     processes.become_subreaper()
@@ -408,12 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows
     ]
     table.show(Console(width=160), "growth", columns, cells)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="bench-growth-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
-    print(folder / FILE_NAME)
-    if options.guide:
-        figures.update(options.guide, report)
+    reports.save(report, options, FILE_NAME)
     return 0
 
 

@@ -11,11 +11,9 @@ target before they return, which torch's and safetensors' do not.
 Needs the extra `test`.
 """
 
-import argparse
 import ctypes
 import fnmatch
 import importlib
-import json
 import shutil
 import statistics
 import sys
@@ -28,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_worlds
-import figures
 import numpy as np
+import reports
 import table
 import torch
 from rich.console import Console
@@ -337,15 +335,10 @@ def _resident(field: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reports.make_parser(__doc__, FILE_NAME)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--only", action="append", metavar="NAME", help="a pattern of cases")
     parser.add_argument("--quick", action="store_true", help="small states, one round")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go; default: a new one")
-    parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
-    figures.add_option(parser)
     options = parser.parse_args(argv)
     rounds, scale = (1, 16) if options.quick else (options.rounds, 1)
     warnings.simplefilter("ignore")  # saves of one process, and overwriting, are intended here
@@ -369,12 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows
     ]
     table.show(Console(width=120), f"medians of {rounds} rounds", columns, cells)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="bench-opened-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
-    print(folder / FILE_NAME)
-    if options.guide:
-        figures.update(options.guide, report)
+    reports.save(report, options, FILE_NAME)
     return 0
 
 

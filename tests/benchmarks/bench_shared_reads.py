@@ -15,7 +15,6 @@ Needs the extra `test`.
 import argparse
 import importlib
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -28,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_worlds
-import figures
 import fsspec
+import reports
 import table
 import torch
 from engine_ranks import World, run_world
@@ -244,15 +243,10 @@ def rows_of(timings: Sequence[Timed]) -> list[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reports.make_parser(__doc__, FILE_NAME)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--ranks", type=int, default=4, help="default: 4")
     parser.add_argument("--mib", type=int, default=128, help="size of the state; default: 128")
-    parser.add_argument("--folder", type=Path, help="where checkpoints go; default: a new one")
-    parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
-    figures.add_option(parser)
     options = parser.parse_args(argv)
     timings = run(options)
     report = {
@@ -263,12 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     title = f"{options.mib} MiB on {options.ranks} ranks; medians of {options.rounds} rounds"
     table.show(Console(width=140), title, COLUMNS, rows_of(timings))
-    folder = options.out or Path(tempfile.mkdtemp(prefix="bench-shared-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
-    print(folder / FILE_NAME)
-    if options.guide:
-        figures.update(options.guide, report)
+    reports.save(report, options, FILE_NAME)
     return 0
 
 

@@ -11,7 +11,6 @@ Needs the extra `test`, and `blake3` for its rows.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_worlds
-import figures
+import reports
 import table
 import torch
 from rich.console import Console
@@ -149,14 +148,9 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reports.make_parser(__doc__, FILE_NAME)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     parser.add_argument("--mib", type=int, default=64, help="of one step; default: 64")
-    parser.add_argument("--folder", type=Path, help="where runs go; default: a new one")
-    parser.add_argument("--out", type=Path, help=f"folder for {FILE_NAME}; default: a new one")
-    figures.add_option(parser)
     options = parser.parse_args(argv)
     rows = [asdict(row) for row in run(options)]
     report = {
@@ -171,12 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows
     ]
     table.show(Console(width=140), f"{options.steps} steps of {options.mib} MiB", columns, cells)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="bench-steps-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).write_text(json.dumps(report, indent=2))
-    print(folder / FILE_NAME)
-    if options.guide:
-        figures.update(options.guide, report)
+    reports.save(report, options, FILE_NAME)
     return 0
 
 
