@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_dcp.checkpoint import CheckpointManager, load
+from pytest_dcp.checkpoint import load
 from pytest_dcp.faults import CrashState, recorded
-from support.runs import manager_of
+from support.incremental_runs import incremental
 
 BUDGET = 100_000
 """More than there are of any operation: none is left out."""
@@ -30,10 +30,6 @@ FROZEN = torch.arange(900.0)
 def state_of(step: int) -> dict[str, Any]:
     """A part that never changes, one that changes with each step, one with each second step."""
     return {"f": FROZEN, "w": torch.full((30,), float(step)), "s": torch.full((200,), step // 2)}
-
-
-def incremental(root: Path, **keywords: Any) -> CheckpointManager:
-    return manager_of(root, incremental=True, **keywords)
 
 
 def save_steps(*steps: int, keep_last: int | None = None) -> Callable[[Path], None]:

@@ -23,11 +23,6 @@ from support.forks import forked
 from support.runs import blank, manager_of, save_steps, state_of, whole_steps
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def loaded_step(manager: CheckpointManager) -> int | None:
     state = blank()
     loaded = manager.load_latest(state)

@@ -32,11 +32,6 @@ from support.runs import whole_steps
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 # File systems and damage.
 
 

@@ -30,11 +30,6 @@ from support.runs import manager_of, whole_steps
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 # What is written.
 
 

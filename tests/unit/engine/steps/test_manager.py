@@ -16,11 +16,6 @@ from pytest_dcp.faults import FaultyStorage, InputOutput, NoSpace
 from support.runs import blank, manager_of, save_steps, state_of, whole_steps
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def data_file(root: Path, step: int) -> Path:
     (path,) = (root / f"step-{step:08d}").glob("*.distcp")
     return path

@@ -35,11 +35,6 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def manager_of(root: Path, on_signal: Any = signal.SIGTERM, **keywords: Any) -> CheckpointManager:
     return CheckpointManager(root, no_dist=True, on_signal=on_signal, **keywords)
 
