@@ -14,6 +14,8 @@ these calls only through here, or ask first whether they exist. What is lost wit
 - limits of open files (Windows): `WINDOWS_FILES`, the limit of its C library.
 - posix_fallocate (macOS, Windows): a full disk shows at a write instead of before the first one.
 - fsync that reaches the medium (macOS): F_FULLFSYNC, which macOS has instead.
+- sync_file_range (macOS, Windows): a file's bytes wait in memory until its end, or until the system
+  chooses to write them.
 
 Calls are looked up when they are made: a recorder or a test may have replaced them.
 """
@@ -21,6 +23,7 @@ Calls are looked up when they are made: a recorder or a test may have replaced t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import socket
@@ -28,6 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,9 @@ BUSY_PAUSE_S = 0.02
 WINDOWS_FILES = 8192
 """The largest number that _setmaxstdio takes."""
 NO_SUCH_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+NO_EARLY_WRITING = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ESPIPE)
+WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4
+"""SYNC_FILE_RANGE_WAIT_BEFORE and others (sync_file_range(2))."""
 
 _position = threading.Lock()
 """Held while a file's position is moved to read there."""
@@ -125,6 +132,35 @@ def sync_file(fd: int) -> None:
                 fcntl.fcntl(fd, full)
                 return
     os.fsync(fd)
+
+
+def write_early(fd: int, offset: int, nbytes: int, *, wait: bool) -> bool:
+    """Begin to write these bytes of a file to its medium, or wait until they are written.
+
+    False where the system or the file system cannot. It is no `sync_file`: the file's size and the
+    drive's cache are left alone. Raises OSError if the medium refused the bytes: with `wait` only,
+    and then a later `sync_file` need not report it again.
+    """
+    call = _sync_file_range()
+    if call is None:
+        return False
+    flags = WAIT_BEFORE | WRITE | WAIT_AFTER if wait else WRITE
+    if call(fd, offset, nbytes, flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in NO_EARLY_WRITING:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    call: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call  # type: ignore[no-any-return]  # of the C library
 
 
 def can_open_folders() -> bool:

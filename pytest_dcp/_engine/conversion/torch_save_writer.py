@@ -102,4 +102,5 @@ class _TensorRecords:
     def flush(self) -> None:
         """Write the parts that are pending."""
         self._out.write(self.pending)
+        self._out.begin_sync()
         self.pending, self._pending_bytes = [], 0

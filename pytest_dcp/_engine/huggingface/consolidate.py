@@ -121,7 +121,9 @@ def consolidate(
 
         def write(stop: StopFlag) -> int:
             with folder.create(file.name) as out:
-                write_safetensors(out, file, source, stop, batch_bytes=limit, report=report)
+                write_safetensors(
+                    out, file, source, stop, batch_bytes=limit, sync=sync, report=report
+                )
                 if sync:
                     out.sync()
             return sum(tensor.nbytes for tensor in file.tensors)
@@ -147,9 +149,10 @@ def write_safetensors(
     stop: StopFlag,
     *,
     batch_bytes: int,
+    sync: bool = True,
     report: Report = report_nothing,
 ) -> None:
-    """Write the header and all tensors."""
+    """Write the header and all tensors. sync: whether the caller will sync the file."""
     out.write([encode(file.tensors, file.metadata)])
     remaining_bytes = {tensor.name: tensor.nbytes for tensor in file.tensors}
     for name in [name for name, nbytes in remaining_bytes.items() if not nbytes]:
@@ -158,6 +161,8 @@ def write_safetensors(
         stop.check()
         parts = source.read(batch, Observer("load"))  # Kept: a view does not keep memory alive.
         out.write([memory_of(part) for part in parts])
+        if sync:
+            out.begin_sync()
         for slab in batch:
             remaining_bytes[slab.fqn] -= slab.nbytes
             if not remaining_bytes[slab.fqn]:

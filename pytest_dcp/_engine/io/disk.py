@@ -25,6 +25,13 @@ class Out(Protocol):
         """Announce a lower bound of the file's size: storages that can, reserve contiguous space,
         and fail early if there is no room."""
 
+    def begin_sync(self) -> None:
+        """Start to bring the bytes so far to stable storage, if the storage can do that early.
+
+        Called now and then while a file is written that will be synced. So the disk works while the
+        rest is written, and a bounded number of bytes waits in memory.
+        """
+
     def end_at(self, nbytes: int) -> None:
         """Set the file's size, independent of reserved space."""
 

@@ -19,6 +19,11 @@ from pytest_dcp._engine.io.mapped_windows import IOV_MAX, Windows
 
 RESERVE_FROM_BYTES = 1 << 20
 """Smaller files are written in one call anyway."""
+EARLY_BYTES = 8 << 20
+"""Written to the medium at a time, before the file is whole. In 4 MiB, and in 16 to 32, a save of
+56 MB by each of four ranks took as long or longer."""
+UNWRITTEN_BYTES = 64 << 20
+"""The most bytes of a file that wait for the medium, and the `EARLY_BYTES` that come next."""
 MEMORY_KINDS = ("tmpfs", "ramfs")
 """File systems that fill a reserved page with zeros, so that it is written twice."""
 MAPPED_KINDS = ("ext3", "ext4", "xfs", "f2fs")
@@ -58,6 +63,10 @@ class LocalOut:
     def __init__(self, fd: int, path: Path | None = None) -> None:
         self.fd = fd
         self.path = path
+        self._written_bytes = 0
+        self._begun_bytes = 0
+        """On their way to the medium, or there."""
+        self._writes_early = True
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         try:
@@ -77,6 +86,22 @@ class LocalOut:
         except OSError as error:
             name_file(error, self.path)
             raise
+
+    def begin_sync(self) -> None:
+        try:
+            while self._writes_early and self._written_bytes - self._begun_bytes >= EARLY_BYTES:
+                self._write_next_early()
+        except OSError as error:
+            name_file(error, self.path)
+            raise
+
+    def _write_next_early(self) -> None:
+        start = self._begun_bytes
+        self._writes_early = operating_system.write_early(self.fd, start, EARLY_BYTES, wait=False)
+        self._begun_bytes += EARLY_BYTES
+        old = start - UNWRITTEN_BYTES
+        if self._writes_early and old >= 0:
+            operating_system.write_early(self.fd, old, EARLY_BYTES, wait=True)
 
     def end_at(self, nbytes: int) -> None:
         try:
@@ -100,6 +125,7 @@ class LocalOut:
             if not written_bytes:
                 raise OSError(errno.EIO, "a write took no byte, and gave no reason")
             remaining_bytes -= written_bytes
+            self._written_bytes += written_bytes
             if remaining_bytes:
                 buffers = _drop_first_bytes(buffers, written_bytes)
 

@@ -170,6 +170,9 @@ class ObjectOut:
     def reserve(self, nbytes: int) -> None:
         """Does nothing: a store has no call for it."""
 
+    def begin_sync(self) -> None:
+        """Does nothing: a store has no call for it."""
+
     def end_at(self, nbytes: int) -> None:
         """Does nothing: the size is that of the bytes written."""
 

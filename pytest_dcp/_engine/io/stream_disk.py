@@ -97,6 +97,9 @@ class StreamOut:
     def reserve(self, nbytes: int) -> None:
         """Does nothing: a stream has no call for it."""
 
+    def begin_sync(self) -> None:
+        """Does nothing: a stream has no call for it."""
+
     def end_at(self, nbytes: int) -> None:
         """Does nothing: the size is that of the bytes written."""
 

@@ -135,7 +135,7 @@ def _write_file(request: WriteRequest, job: FileJob, stop: StopFlag) -> Rows:
     with request.folder.create(job.name) as out:
         if settings.is_plain:
             out.reserve(job.nbytes)
-        file = File(out, request.observer, stop, job.nbytes)
+        file = File(out, request.observer, stop, job.nbytes, sync=settings.sync)
         rows = Rows()
         if job.awaited:
             _put_rows(file, rows, job.rows[: job.awaited], request)
@@ -143,8 +143,7 @@ def _write_file(request: WriteRequest, job: FileJob, stop: StopFlag) -> Rows:
         _put_rows(file, rows, job.rows[job.awaited :], request)
         file.flush()
         out.end_at(file.position)
-        if settings.sync:
-            out.sync()
+        file.sync()
     return rows
 
 
@@ -165,11 +164,15 @@ def _put_rows(file: File, rows: Rows, numbers: Sequence[int], request: WriteRequ
 class File:
     """A file being written, in parts that end at multiples of `step` unless flushed."""
 
-    def __init__(self, out: Out, observer: Observer, stop: StopFlag, nbytes: int = 0) -> None:
+    def __init__(
+        self, out: Out, observer: Observer, stop: StopFlag, nbytes: int = 0, *, sync: bool
+    ) -> None:
+        """nbytes: a lower bound of its size. sync: whether it goes to stable storage."""
         self.step = WRITE_BYTES if nbytes < HUGE_FROM_BYTES else HUGE_PAGE_BYTES
         self.out = out
         self.observer = observer
         self.stop = stop
+        self.syncs = sync
         self.position = 0
         self._written = 0
         self._buffers: list[Buffer] = []
@@ -202,12 +205,19 @@ class File:
         if self._buffers:
             self._write(0)
 
+    def sync(self) -> None:
+        """Return once what was flushed is on stable storage, if this file goes there."""
+        if self.syncs:
+            self.out.sync()
+
     def _write(self, tail_bytes: int) -> None:
         """Write the buffers, but for some bytes at the end of the last one."""
         self.stop.check()
         last = memoryview(self._buffers.pop())
         cut = len(last) - tail_bytes
         self.out.write([*self._buffers, last[:cut]])
+        if self.syncs:
+            self.out.begin_sync()
         self._written = self.position - tail_bytes
         self._buffers = [last[cut:]] if tail_bytes else []
         data, self._data = self._data, min(tail_bytes, self._data)

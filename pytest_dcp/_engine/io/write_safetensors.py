@@ -61,11 +61,10 @@ def write_safetensors(
             # The header comes first, so every row must be available; they are references.
             data = {row: request.source(row) for row in rows}
             with request.folder.create(name) as out:
-                file = File(out, request.observer, stop)
+                file = File(out, request.observer, stop, sync=settings.sync)
                 file_rows = _put_file(file, data, table, metadata or {}, settings)
                 file.flush()
-                if settings.sync:
-                    out.sync()
+                file.sync()
             return file_rows
 
         return run

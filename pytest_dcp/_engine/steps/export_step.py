@@ -165,5 +165,6 @@ def _copy_entry(reader: In, out: Out, places: EntryPlaces, row: int, name: str) 
             raise CheckpointCorruptError(f"the file ends within {end} bytes", file=name, offset=at)
         crc = crc32(piece[max(first - at, 0) : max(last - at, 0)], crc)
         out.write([piece])
+        out.begin_sync()
         at += len(piece)
     return crc

@@ -2,6 +2,7 @@ import errno
 import os
 import random
 import socket
+import sys
 import threading
 import warnings
 from itertools import product
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.io import disk, local_disk, local_file
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.local_file import LocalIn, LocalOut
@@ -391,6 +393,79 @@ def test_a_write_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "writev", lambda fd, buffers: 0)
         with pytest.raises(OSError, match="took no byte"):
             out.write([b"1234"])
+
+
+MIB = 1 << 20
+
+
+class EarlyWrites:
+    """Stands in for `operating_system.write_early`, and records its calls."""
+
+    def __init__(self, *, can: bool = True) -> None:
+        self.can = can
+        self.calls: list[tuple[int, int, bool]] = []
+
+    def __call__(self, fd: int, offset: int, nbytes: int, *, wait: bool) -> bool:
+        self.calls.append((offset // MIB, nbytes // MIB, wait))
+        return self.can
+
+
+def write_mib(count: int, folder: Path) -> None:
+    piece = bytes(MIB)
+    with LocalDisk().create(folder, "data") as out:
+        for _ in range(count):
+            out.write([piece])
+            out.begin_sync()
+        out.sync()
+    assert (folder / "data").stat().st_size == count * MIB
+
+
+def test_a_file_goes_to_its_medium_while_it_is_written(tmp_path, monkeypatch):
+    early = EarlyWrites()
+    monkeypatch.setattr(operating_system, "write_early", early)
+    write_mib(7, tmp_path)
+    assert early.calls == []
+    write_mib(90, tmp_path)
+    begun = [(start, nbytes) for start, nbytes, wait in early.calls if not wait]
+    assert begun == [(start, 8) for start in range(0, 88, 8)]
+    # It waits for what is 64 MiB behind, so that no more is in memory only.
+    assert [start for start, _, wait in early.calls if wait] == [0, 8, 16]
+    assert early.calls.index((64, 8, False)) + 1 == early.calls.index((0, 8, True))
+
+
+def test_a_file_system_that_cannot_write_early_is_asked_once(tmp_path, monkeypatch):
+    early = EarlyWrites(can=False)
+    monkeypatch.setattr(operating_system, "write_early", early)
+    write_mib(40, tmp_path)
+    assert early.calls == [(0, 8, False)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sync_file_range is a call of Linux")
+def test_early_writes_reach_the_system_and_their_failures_the_caller(tmp_path, monkeypatch):
+    with open(tmp_path / "a", "wb") as file:
+        file.write(bytes(MIB))
+        file.flush()
+        assert operating_system.write_early(file.fileno(), 0, MIB, wait=False)
+        assert operating_system.write_early(file.fileno(), 0, MIB, wait=True)
+    read_end, write_end = os.pipe()
+    try:
+        # ESPIPE: there is no such thing for a pipe.
+        assert not operating_system.write_early(write_end, 0, MIB, wait=True)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        operating_system.write_early(write_end, 0, MIB, wait=True)
+
+    def refuse(fd: int, offset: int, nbytes: int, *, wait: bool) -> bool:
+        if wait:
+            raise OSError(errno.EIO, "Input/output error")
+        return True
+
+    monkeypatch.setattr(operating_system, "write_early", refuse)
+    with pytest.raises(OSError, match=r"Input/output error: .*/data'") as caught:
+        write_mib(80, tmp_path)
+    assert caught.value.filename == str(tmp_path / "data")
 
 
 WRITES = {

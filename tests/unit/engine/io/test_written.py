@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.format.catalog import EntryPlaces, index_key
 from pytest_dcp._engine.format.python_values import encode_value
 from pytest_dcp._engine.format.write_results import (
@@ -358,3 +359,22 @@ def test_a_failing_source_is_raised_from_whichever_thread(tmp_path, threads):
                 Observer("save"),
             )
         )
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_only_files_that_are_synced_are_brought_to_the_medium_early(sync, tmp_path, monkeypatch):
+    offsets: list[int] = []
+
+    def note(fd: int, offset: int, nbytes: int, *, wait: bool) -> bool:
+        offsets.append(offset)
+        return True
+
+    monkeypatch.setattr(operating_system, "write_early", note)
+    nbytes = 20 << 20
+    data = torch.zeros(nbytes, dtype=torch.uint8)
+    request = WriteRequest(
+        Folder(LocalDisk(), tmp_path), [FileJob("f", [0], nbytes)], [data].__getitem__,
+        Settings(sync=sync), Observer("save"),
+    )  # fmt: skip
+    write_files(request)
+    assert offsets == ([0, 8 << 20] if sync else [])

@@ -179,6 +179,9 @@ class FailingOut:
         self.disk.may_fail("reserve")
         self.out.reserve(nbytes)
 
+    def begin_sync(self) -> None:
+        self.out.begin_sync()
+
     def end_at(self, nbytes: int) -> None:
         self.out.end_at(nbytes)
 
