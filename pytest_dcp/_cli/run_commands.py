@@ -139,7 +139,7 @@ def clean_run(
     storage_option: StorageOptions = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what crashed saves and removals have left, never a folder with an index."""
+    """Remove what crashed saves and removals have left, never a checkpoint with an index."""
     with report_refusals():
         run_steps = _open_steps(run, "sizes", storage_option)
         if dry_run:

@@ -165,6 +165,23 @@ def test_gc_removes_the_rest_of_crashed_saves_and_removals(
     assert whole_steps(manager_of(root)) == [1, 2]
 
 
+def test_gc_removes_the_notes_of_a_removal_that_a_crash_kept_from_beginning(
+    command: Command, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    save_steps(root, 1, 2).close()
+    names = ["step-00000001/removal.json", "step-00000001/removal.json.tmp"]
+    for name in names:
+        (root / name).write_text("{}")
+    (root / "step-00000001" / "mine.json.tmp").write_text("mine")
+    removed = ask(command, "gc", root)["removed"]
+    assert removed == [{"name": name, "kind": "file", "nbytes": 2} for name in names]
+    left = {path.name for path in (root / "step-00000001").iterdir()}
+    assert {".metadata", "step.json", "mine.json.tmp"} < left
+    assert not {"removal.json", "removal.json.tmp"} & left
+    assert whole_steps(manager_of(root)) == [1, 2]
+
+
 def test_gc_leaves_folders_with_an_index_and_strangers_alone(command: Command, root: Path) -> None:
     crash_while_saving(root, 50)
     (root / "step-00000050" / "notes.txt").write_text("mine")

@@ -1,8 +1,8 @@
 """What crashed saves and removals have left in a run's folder: found, and removed at a wish.
 
-Never touched: a folder with an index, whole or damaged; files and folders that are not this
-package's; and all, if no step of the run is whole, since a lost index might then be all that a user
-looks for.
+Never touched: a folder with an index, whole or damaged, but for notes of a removal that a crash
+ended before it began; files and folders that are not this package's; and all, if no step of the run
+is whole, since a lost index might then be all that a user looks for.
 
 Assumes that no job saves in the folder: a save that runs looks like one that has crashed. The
 run's lock makes sure of it in local folders; an object store has none.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,8 @@ from pytest_dcp.errors import CheckpointCorruptError
 
 LeftoverKind = Literal["save", "removal", "quarantined", "file"]
 OWN_FILES = frozenset(f"{name}{end}" for name in (NOTES, REMOVAL) for end in ("", ".tmp"))
+STALE_NOTES = OWN_FILES - {NOTES}
+"""In a folder with an index, of crashes."""
 QUARANTINED = re.compile(r"step-\d{8,18}-[0-9a-f]{8}")
 
 
@@ -74,11 +76,13 @@ def _search(
     folders = steps.folders
     for number in folders.numbers():
         folder = folders.folder(number)
-        has_index = folder.exists(METADATA)
-        if has_index or folders.is_gone(number) or find_foreign_names(folder):
+        if folder.exists(METADATA):
+            yield from _search_notes(folder, step_name(number))
+            continue
+        if folders.is_gone(number) or find_foreign_names(folder):
             continue
         kind: LeftoverKind = "removal" if folder.exists(REMOVAL) else "save"
-        leftover = Leftover(step_name(number), kind, _count_bytes(folder))
+        leftover = Leftover(step_name(number), kind, _count_bytes(folder, folder.names()))
         yield leftover, partial(steps.remove, number)
     temporary = f"{LATEST}.tmp"
     if folders.root.exists(temporary):
@@ -87,19 +91,29 @@ def _search(
         yield from _search_quarantine(folders.root)
 
 
+def _search_notes(
+    folder: Folder, folder_name: str
+) -> Iterator[tuple[Leftover, Callable[[], object]]]:
+    for name in folder.names():
+        if name in STALE_NOTES:
+            nbytes = _count_bytes(folder, [name])
+            yield Leftover(f"{folder_name}/{name}", "file", nbytes), partial(folder.remove, name)
+
+
 def _search_quarantine(root: Folder) -> Iterator[tuple[Leftover, Callable[[], object]]]:
     aside = Path(root.path) / ASIDE
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(aside.iterdir()):
             if QUARANTINED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                nbytes = _count_bytes(Folder(root.disk, path))
+                folder = Folder(root.disk, path)
+                nbytes = _count_bytes(folder, folder.names())
                 leftover = Leftover(f"{ASIDE}/{path.name}", "quarantined", nbytes)
                 yield leftover, partial(shutil.rmtree, path)
 
 
-def _count_bytes(folder: Folder) -> int:
+def _count_bytes(folder: Folder, names: Iterable[str]) -> int:
     total = 0
-    for name in folder.names():
+    for name in names:
         with suppress(OSError, CheckpointCorruptError), folder.open(name) as file:
             total += file.size
     return total
