@@ -33,6 +33,7 @@ from pytest_dcp._engine.steps.known_steps import KnownSteps
 from pytest_dcp._engine.steps.retention import RetentionPolicy
 from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp.checkpoint import CheckpointManager
+from support.retention_rules import Rules
 
 IS_NIGHTLY = settings().max_examples >= 10_000
 EXAMPLES, STEPS = (1_000, 30) if IS_NIGHTLY else (20, 12)
@@ -64,31 +65,6 @@ def crash_at(change: int) -> Iterator[list[int]]:
         mock.patch.multiple(Path, rename=wrap(Path.rename), rmdir=wrap(Path.rmdir)),
     ):
         yield made
-
-
-@dataclass
-class Rules:
-    """As a user states them."""
-
-    keep_last: int | None = None
-    keep_every: int | None = None
-    best: int = 0
-
-    def keywords(self) -> dict[str, Any]:
-        if self.keep_last is None:
-            return {}
-        best = {"best": ("loss", "min", self.best)} if self.best else {}
-        return {"keep_last": self.keep_last, "keep_every": self.keep_every, **best}
-
-    def keep(self, losses: dict[int, float]) -> set[int]:
-        """The steps to keep of these whole ones."""
-        if self.keep_last is None:
-            return set(losses)
-        kept = set(sorted(losses)[-self.keep_last :])
-        if self.keep_every:
-            kept |= {step for step in losses if step % self.keep_every == 0}
-        by_loss = sorted(losses, key=lambda step: (losses[step], -step))
-        return kept | set(by_loss[: self.best])
 
 
 @dataclass

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
-import signal
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ import pytest
 import torch
 
 from support.incremental_runs import assert_holds, bytes_on_disk, data_files, folder_of, incremental
+from support.kills import Report, run_and_kill_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ROUNDS = 20
 LONGEST_S = 0.15
 """Of a round, after its first save: some saves, with their removals."""
-KILLED_BEFORE_S = 60.0
 FROZEN = torch.arange(20_000.0)
 
 
@@ -29,54 +27,29 @@ def state_of(step: int) -> dict[str, Any]:
     return {"f": FROZEN, "w": torch.full((1000,), float(step)), "s": torch.full((9000,), step // 4)}
 
 
-def save_until_killed(root: Path, report: int) -> None:
-    signal.alarm(int(KILLED_BEFORE_S))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        manager = incremental(root, keep_last=2)
-        latest = manager.latest()
-        step = 1 if latest is None else latest.number + 1
-        while True:
-            if step % 3:
-                manager.save(step, state_of(step))
-            else:
-                manager.async_save(step, state_of(step))
-                manager.wait()
-            os.write(report, b"%d\n" % step)
-            step += 1
-
-
-def run_and_kill(root: Path, after_s: float) -> int:
-    """The last step that the process has reported as saved."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            save_until_killed(root, writing)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with open(reading, "rb", buffering=0) as pipe:
-        reported = pipe.read(100)  # the first save has ended, or the process
-        time.sleep(after_s)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        while more := pipe.read(100):
-            reported += more
-    assert os.WIFSIGNALED(status), "the process ended by itself"
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    return int(reported.split()[-1])
+def save_until_killed(root: Path, report: Report) -> None:
+    manager = incremental(root, keep_last=2)
+    latest = manager.latest()
+    for step in itertools.count(1 if latest is None else latest.number + 1):
+        if step % 3:
+            manager.save(step, state_of(step))
+        else:
+            manager.async_save(step, state_of(step))
+            manager.wait()
+        report(step)
 
 
 def test_a_killed_save_never_costs_the_last_whole_step(tmp_path: Path) -> None:
     root = tmp_path / "run"
     moments = random.Random(7)
     for _ in range(ROUNDS):
-        saved = run_and_kill(root, moments.uniform(0, LONGEST_S))
+        after_s = moments.uniform(0, LONGEST_S)
+        ended = run_and_kill_after(lambda report: save_until_killed(root, report), after_s)
+        assert ended.is_killed
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             steps = [step for step in incremental(root).steps() if step.is_whole]
-        assert steps[-1].number >= saved
+        assert steps[-1].number >= ended.reports[-1]
         for step in steps:
             assert_holds(folder_of(root, step.number), state_of(step.number))
     manager = incremental(root, keep_last=1)
