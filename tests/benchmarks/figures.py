@@ -1,8 +1,8 @@
 """From the JSON of a benchmark's run to the tables of the guide. Pure (no I/O) but for `update`.
 
-Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_engine`, `bench_state_dict`,
-`bench_opened`, `bench_shared_reads`, `bench_steps`, `bench_hardening`, `bench_simulation` and
-`bench_growth` write. Leaves: Markdown tables by the names of their sections. A page has a place for
+Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_async`, `bench_engine`,
+`bench_state_dict`, `bench_opened`, `bench_shared_reads`, `bench_steps`, `bench_hardening`,
+`bench_simulation` and `bench_growth` write. Leaves: Markdown tables by the names of their sections. A page has a place for
 each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->
@@ -83,6 +83,8 @@ def sections(document: Document) -> dict[str, str]:
         found = {"adoption": table.markdown(ADOPTION_COLUMNS, adoption_rows(document["adopted"]))}
     elif "opened" in document:
         found = {"opened": _hardening(document["opened"])}
+    elif "async" in document:
+        found = {"async": _hardening(document["async"])}
     elif "growth" in document:
         found = {"growth": _hardening(document["growth"])}
     elif "shared_reads" in document:
