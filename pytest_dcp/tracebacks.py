@@ -22,8 +22,9 @@ import functools
 import logging
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from traceback import FrameSummary, StackSummary, TracebackException, walk_tb
 from types import FrameType, TracebackType
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
@@ -273,6 +274,22 @@ def forget_frames(error: BaseException) -> None:
         error.__traceback__ = None
         with contextlib.suppress(AttributeError, TypeError):
             setattr(error, EXPLAINED, True)
+
+
+def forget_locals(error: BaseException) -> None:
+    """Empty the frames of an error, and of the errors that led to it, which may be kept for long:
+    they hold the memory of the work that failed. Tracebacks show the same lines afterwards.
+    """
+    found: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in found:
+            found[id(one)] = one
+            traceback.clear_frames(one.__traceback__)
+            ranks = getattr(one, "failures", {})
+            failures = ranks.values() if isinstance(ranks, Mapping) else ()
+            waiting += [one.__cause__, one.__context__, *(failed for failed, _ in failures)]
 
 
 def drop_inner_frames(function: Callable[P, R]) -> Callable[P, R]:

@@ -33,7 +33,7 @@ from pytest_dcp._engine.verbs.save import Save, planner_for, read_stateful
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
 from pytest_dcp._engine.verbs.torch_arguments import check_state_dict, resolve_no_dist
 from pytest_dcp.errors import SaverProcessError
-from pytest_dcp.tracebacks import drop_inner_frames, forget_frames
+from pytest_dcp.tracebacks import drop_inner_frames, forget_frames, forget_locals
 
 
 @drop_inner_frames
@@ -273,23 +273,37 @@ def _save_in_thread(save: Save) -> Future[Metadata]:
     uploading: Future[Metadata] = Future()
     # It has begun: it has its place among the group's operations.
     uploading.set_running_or_notify_cancel()
+    # The save holds the copy of the state: nothing may when the future is done, or a save that is
+    # begun at once would need memory for another copy.
+    only = [save]
+    unstaged = save.request.unstaged
 
     def run() -> None:
-        arguments = {"storage_writer": save.writer, "process_group": save.team.group}
         try:
-            with CallEvents("save", arguments, log_exceptions=True):
-                metadata = save.run()
+            metadata = _run_and_forget(only)
         except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            forget_locals(error)
             forget_frames(error)
             uploading.set_exception(error)
         else:
             uploading.set_result(metadata)
         finally:
-            if save.request.unstaged is not None:
-                save.request.unstaged.end()
+            if unstaged is not None:
+                unstaged.end()
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="dcp-async-save")
     pool.submit(run)
     # The thread ends with its only job.
     pool.shutdown(wait=False)
     return uploading
+
+
+def _run_and_forget(only: list[Save]) -> Metadata:
+    """Run the one save of the list; afterwards nothing refers to it."""
+    save = only.pop()
+    arguments = {"storage_writer": save.writer, "process_group": save.team.group}
+    try:
+        with CallEvents("save", arguments, log_exceptions=True):
+            return save.run()
+    finally:
+        vars(save).clear()  # a function in a frame of an error may still hold it

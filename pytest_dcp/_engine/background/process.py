@@ -73,7 +73,7 @@ from pytest_dcp._engine.coordinate.rendezvous import timeout_of
 from pytest_dcp._engine.io.progress_observer import Progress, shown_while_working
 from pytest_dcp._engine.verbs.save_messages import decode_metadata
 from pytest_dcp.errors import SaverProcessError
-from pytest_dcp.tracebacks import forget_frames
+from pytest_dcp.tracebacks import forget_frames, forget_locals
 
 State = Callable[[], dict[str, Any]]
 
@@ -157,9 +157,12 @@ class Saver:
         try:
             metadata = self._save(job)
         except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            del job  # with the copy of the state: its memory is free for the next one now
+            forget_locals(error)
             forget_frames(error)
             future.set_exception(error)
         else:
+            del job
             future.set_result(metadata)
 
     def _take_due(self) -> tuple[Job, Future[Metadata]]:
@@ -175,6 +178,7 @@ class Saver:
         group = job.team.group
         default_s = dist.constants.default_pg_timeout.total_seconds()
         silence_s = default_s if group is None else timeout_of(group)
+        progress = job.progress  # the function below must not hold the job, and so the state
         with job.team.wait_for_turn() as team:
             try:
                 shipment, line = self._prepare_process(team, job, silence_s)
@@ -187,10 +191,10 @@ class Saver:
                     job.checkpoint_id,
                 )
                 fd = shipment.memory.fd if shipment.memory else None
-                with shown_while_working(job.progress):
+                with shown_while_working(progress):
                     encoded_metadata = team.agree(
                         "save",
-                        lambda: line.ask(upload, team.check, silence_s, fd, progress=job.progress),
+                        lambda: line.ask(upload, team.check, silence_s, fd, progress=progress),
                     )
             except StepError as error:
                 # Its text says all that this one says; this one stays the context, for debuggers.

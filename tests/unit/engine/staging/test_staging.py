@@ -6,7 +6,6 @@ import gc
 import mmap
 import os
 import threading
-import time
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,13 +20,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.background.state_transfer import pickle_state, ship_state, unpickle_state
 from pytest_dcp._engine.staging.buffer_pool import IDLE, Memory, Pool, shared_memory_of
-from pytest_dcp._engine.staging.stager import KEPT, stage_state
+from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
 from pytest_dcp.checkpoint.staging import (
     BlockingAsyncStager,
     DefaultStager,
     StagingOptions,
     release_memory,
 )
+from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 from pytest_dcp.errors import PlanError
 
 
@@ -383,10 +383,6 @@ def test_async_save_stages_into_the_memory_of_the_last_one(tmp_path: Path, given
     for n in range(4):
         started: Any = dcp.async_save(state(n) | {"value": n}, no_dist=True, **options)
         started.result(60)
-        # The future is done a moment before the thread lets go of the state.
-        deadline = time.monotonic() + 60
-        while given != "planner" and not KEPT.idle and time.monotonic() < deadline:
-            time.sleep(0.01)
         kept.append(list(KEPT.idle))
     if given == "planner":
         # It holds the state that it planned last, so that two stretches take turns.
@@ -397,3 +393,22 @@ def test_async_save_stages_into_the_memory_of_the_last_one(tmp_path: Path, given
         assert len({id(memory) for idle in kept for memory in idle}) == 1
     release_memory()
     assert KEPT.idle == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", AsyncCheckpointerType)
+def test_the_copy_is_free_when_its_future_is_done(how, fails, tmp_path):
+    release_memory()
+    pool = KEPT_SHARED if how is AsyncCheckpointerType.PROCESS else KEPT
+    before, leased = pool._leased_bytes, []
+    target = tmp_path / "file" if fails else tmp_path / "ckpt"
+    if fails:
+        target.write_bytes(b"in the way of the folder")
+    future: Any = dcp.async_save(
+        {"w": torch.ones(100_000)}, checkpoint_id=target, no_dist=True, async_checkpointer_type=how
+    )
+    # Called in the thread of the save, before anybody who waits for the future can go on.
+    future.add_done_callback(lambda _: leased.append(pool._leased_bytes - before))
+    assert (future.exception(60) is not None) == fails
+    assert leased == [0]
