@@ -2,8 +2,8 @@
 
 Enters: the documents that `bench_worlds`, `bench_adoption`, `bench_async`, `bench_engine`,
 `bench_state_dict`, `bench_opened`, `bench_shared_reads`, `bench_steps`, `bench_hardening`,
-`bench_simulation` and `bench_growth` write. Leaves: Markdown tables by the names of their sections. A page has a place for
-each section that it shows, and everything between its two lines is replaced:
+`bench_simulation` and `bench_growth` write. Leaves: Markdown tables by the names of their sections.
+A page has a place for each section that it shows, and everything between its two lines is replaced:
 
     <!-- figures: worlds -->
     <!-- end of figures -->
