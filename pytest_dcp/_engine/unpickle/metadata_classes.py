@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from pytest_dcp._engine.plan.index import further_fields
 from pytest_dcp._engine.unpickle.machine import Callee, PickleMachine, Vocabulary, brief
-from pytest_dcp._engine.unpickle.metadata_records import chunks, entries
+from pytest_dcp._engine.unpickle.metadata_records import chunks, entries, tensors
 from pytest_dcp._engine.unpickle.plain_values import (
     MAX_DIMS,
     PLAIN,
@@ -163,6 +163,7 @@ def _with_records() -> Iterator[tuple[tuple[str, str], object]]:
 
 
 _RECORDS = {
+    (_METADATA, TensorStorageMetadata.__name__): tensors,
     (_METADATA, ChunkStorageMetadata.__name__): chunks,
     (_METADATA, MetadataIndex.__name__): entries,
 }

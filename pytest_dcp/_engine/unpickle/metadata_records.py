@@ -1,7 +1,8 @@
 """Runs of equal records in a `.metadata` pickle of torch: many opcodes per step.
 
-Such a file consists almost entirely of two repeated sequences of opcodes: one makes a chunk, the
-other a key and its place. Each is a regular expression here. A record's objects go to the machine's
+Such a file consists almost entirely of three repeated sequences of opcodes: one makes a tensor's
+description up to its list of chunks, one a chunk, one a key and its place. Each is a regular
+expression here. A record's objects go to the machine's
 stack and memo as if its opcodes had run one by one, and cost the same; if a record looks different
 in any way, it is left to the opcodes.
 
@@ -19,7 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from pytest_dcp._engine.unpickle.machine import PickleMachine, decoded_text
 from pytest_dcp._torch_internals.checkpoint_classes import _StorageInfo
@@ -42,6 +48,14 @@ _NEW = rb"\)\x81\x94\}\x94\("
 _CALL = rb"\x94\x85\x94R\x94"
 """Call a class with the tuple as its one argument; tuple, arguments and result are memoized."""
 _BUILD = rb"ub"
+_BOOL = rb"[\x88\x89]"
+_NEW_OF_TUPLE = rb"\)\x81\x94\("
+_BUILD_OF_TUPLE = rb"t\x94b"
+"""Make an instance, and set its state from a tuple; both are memoized."""
+_LIST = rb"\]\x94(\(?)"
+"""A list, and the mark before its items if it has several."""
+_SEVERAL, _ONE = b"eub", b"aub"
+"""Add the items to the list, the list to the fields, and set these."""
 Named = Callable[[str], bytes]
 """The opcode that gets a class or the name of a field from the memo."""
 
@@ -49,6 +63,17 @@ Named = Callable[[str], bytes]
 def _chunk(get: Named) -> bytes:
     sizes = (get(name) + get("torch.Size") + _NUMBERS + _CALL for name in ("offsets", "sizes"))
     return get("class") + _NEW + b"".join(sizes) + _BUILD
+
+
+def _tensor(get: Named) -> bytes:
+    """The description of a tensor, up to its empty list of chunks."""
+    return b"".join(
+        (
+            *(get("class"), _NEW, get("properties"), get("of")),
+            *(_NEW_OF_TUPLE, rb"(" + _GET * 2 + _BOOL + _GET + _BOOL + rb")", _BUILD_OF_TUPLE),
+            *(get("size"), get("torch.Size"), _NUMBERS, _CALL, get("chunks"), _LIST),
+        )
+    )
 
 
 def _entry(get: Named) -> bytes:
@@ -112,15 +137,20 @@ class _RecordKind:
 
 def _matches(machine: PickleMachine, kind: _RecordKind, start: int) -> Iterator[re.Match[bytes]]:
     """The adjacent records that begin at `start`."""
-    data = machine.data
-    pattern = machine.patterns.get(kind)
-    match = pattern.match(data, start) if pattern is not None else None
-    if match is None:
-        pattern = _learn_pattern(machine, kind, start)
-        match = pattern.match(data, start) if pattern is not None else None
+    match = _match(machine, kind, start)
     while match is not None:
         yield match
-        match = pattern.match(data, match.end())  # type: ignore[union-attr]  # it has matched
+        match = machine.patterns[kind].match(machine.data, match.end())
+
+
+def _match(machine: PickleMachine, kind: _RecordKind, start: int) -> re.Match[bytes] | None:
+    """The record that begins at `start`, if one does."""
+    pattern = machine.patterns.get(kind)
+    match = pattern.match(machine.data, start) if pattern is not None else None
+    if match is None:
+        pattern = _learn_pattern(machine, kind, start)
+        match = pattern.match(machine.data, start) if pattern is not None else None
+    return match
 
 
 def _learn_pattern(
@@ -148,7 +178,12 @@ def _meaning(machine: PickleMachine, kind: _RecordKind, name: str) -> object:
 
 def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
     """Push the chunks that begin at `start`; returns the position after them."""
-    memo, results, new, end = machine.memo, machine.results_by_opcodes, object.__new__, start
+    return _read_chunks(machine, start, stack, machine.memo)
+
+
+def _read_chunks(machine: PickleMachine, start: int, found: list[Any], memoized: list[Any]) -> int:
+    """Add the chunks that begin at `start`, and what they memoize; the position after them."""
+    results, new, end = machine.results_by_opcodes, object.__new__, start
     for match in _matches(machine, _CHUNKS, start):
         numbers, more = match.groups()
         offsets = results.get(numbers) or _size(machine, numbers)
@@ -157,10 +192,63 @@ def chunks(machine: PickleMachine, stack: list[Any], start: int) -> int:
         chunk = new(ChunkStorageMetadata)
         fields = chunk.__dict__
         fields["offsets"], fields["sizes"] = offsets, sizes
-        stack.append(chunk)
-        memo += (chunk, LEFT_OUT, LEFT_OUT, LEFT_OUT, offsets, LEFT_OUT, LEFT_OUT, sizes)
+        found.append(chunk)
+        memoized += (chunk, LEFT_OUT, LEFT_OUT, LEFT_OUT, offsets, LEFT_OUT, LEFT_OUT, sizes)
         end = match.end()
     return end
+
+
+def tensors(machine: PickleMachine, stack: list[Any], start: int) -> int:
+    """Push the descriptions of tensors that begin at `start`, and their names but the first, which
+    is before it; returns the position after them.
+    """
+    data, memo, results, new = (
+        machine.data,
+        machine.memo,
+        machine.results_by_opcodes,
+        object.__new__,
+    )
+    end = start
+    while (match := _match(machine, _TENSORS, end)) is not None:
+        state, numbers, mark = match.groups()
+        described, properties = new(TensorStorageMetadata), new(TensorProperties)
+        properties.__dict__.update(results.get(state) or _properties(machine, state))
+        size = results.get(numbers) or _size(machine, numbers)
+        stored: list[ChunkStorageMetadata] = []
+        memoized = [described, LEFT_OUT, properties, LEFT_OUT, LEFT_OUT, LEFT_OUT, size, stored]
+        behind = _read_chunks(machine, match.end(), stored, memoized)
+        if data[behind : behind + 3] != (_SEVERAL if mark else _ONE):
+            break
+        if len(stored) != 1 and not mark:
+            break
+        machine.charge(len(size))
+        fields = described.__dict__
+        fields["properties"], fields["size"], fields["chunks"] = properties, size, stored
+        stack.append(described)
+        memo += memoized
+        end = behind + 3
+        name = _NAME.match(data, end)
+        if name is not None:
+            stack.append(_text(machine, name[0], memo))
+            end = name.end()
+    return end
+
+
+def _properties(machine: PickleMachine, opcodes: bytes) -> dict[str, Any]:
+    """The fields that these opcodes of a tuple set: dtype, layout, requires_grad, the encoding of
+    the memory format, pin_memory.
+
+    They may be kept: opcodes that change the memo end the reading of records.
+    """
+    state = [
+        opcode == pickle.NEWTRUE if opcode in _BOOLS else _memo_value(machine, opcode)
+        for opcode in _OPERANDS.findall(opcodes)
+    ]
+    properties = object.__new__(TensorProperties)
+    machine.vocabulary.build[TensorProperties](properties, tuple(state))
+    fields: dict[str, Any] = properties.__dict__
+    machine.results_by_opcodes[opcodes] = fields
+    return fields
 
 
 def entries(machine: PickleMachine, stack: list[Any], start: int) -> int:
@@ -248,12 +336,22 @@ def _number(machine: PickleMachine, opcode: bytes) -> int:
 
 _LONG1, _BININT, _MARK = pickle.LONG1[0], pickle.BININT[0], pickle.MARK[0]
 _SHORT_BINUNICODE = pickle.SHORT_BINUNICODE[0]
+_BOOLS = (pickle.NEWTRUE, pickle.NEWFALSE)
+_OPERANDS = re.compile(_GET + rb"|" + _BOOL, re.DOTALL)
+_NAME = re.compile(_TEXT + rb"\x94", re.DOTALL)
 _WIDTHS = {pickle.BININT1[0]: 2, pickle.BININT2[0]: 3, _BININT: 5}
 """Bytes of an int's opcode; LONG1 contains its length."""
 _CHUNKS = _RecordKind(
     _chunk,
     _learning_pattern(_chunk),
     {"class": (ChunkStorageMetadata.__module__, ChunkStorageMetadata.__name__)}
+    | {"torch_Size": ("torch", "Size")},
+)
+_TENSORS = _RecordKind(
+    _tensor,
+    _learning_pattern(_tensor),
+    {"class": (TensorStorageMetadata.__module__, TensorStorageMetadata.__name__)}
+    | {"of": (TensorProperties.__module__, TensorProperties.__name__)}
     | {"torch_Size": ("torch", "Size")},
 )
 _ENTRIES = _RecordKind(

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pytest_dcp._engine.unpickle import read_metadata
-from pytest_dcp._engine.unpickle.interpreter import _interpret
+from pytest_dcp._engine.unpickle.interpreter import _interpret, run
 from pytest_dcp._engine.unpickle.machine import MOST_LEARNT, PickleMachine
-from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE
+from pytest_dcp._engine.unpickle.metadata_classes import METADATA, STEPWISE, check_metadata
 from pytest_dcp._engine.unpickle.metadata_records import LEFT_OUT
 from pytest_dcp.errors import CheckpointCorruptError
 
@@ -85,6 +85,87 @@ def machine_of(data: bytes, by_records: bool = True) -> PickleMachine:
     return machine
 
 
+def framed(data: bytes) -> bytes:
+    """The pickle with a frame as long as it is now."""
+    return data[:3] + struct.pack("<Q", len(data) - 11) + data[11:]
+
+
+def assert_equal_memos(machine: PickleMachine, steps: PickleMachine) -> None:
+    """The entries are of the same types, but for those that records leave out."""
+    for got, expected in zip(machine.memo, steps.memo, strict=True):
+        assert got is LEFT_OUT or type(got) is type(expected)
+
+
+PROPERTIES = st.builds(
+    TensorProperties,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+    st.just(torch.strided),
+    st.booleans(),
+    st.sampled_from([torch.contiguous_format, torch.preserve_format]),
+    st.booleans(),
+)
+
+
+@given(
+    st.lists(st.tuples(PROPERTIES, st.integers(0, 3), st.integers(1, 200)), max_size=30),
+    st.sampled_from([4, 5]),
+)
+def test_descriptions_of_tensors_of_any_kind(
+    some: list[tuple[TensorProperties, int, int]], protocol: int
+) -> None:
+    """With any properties, any number of chunks, and names of any length."""
+    entries: dict[str, Any] = {}
+    for n, (properties, chunks, length) in enumerate(some):
+        boxes = [ChunkStorageMetadata(torch.Size([k]), torch.Size([1])) for k in range(chunks)]
+        entries[f"{n}".ljust(length, ".")] = TensorStorageMetadata(
+            properties, torch.Size([chunks]), boxes
+        )
+    data = pickle.dumps(Metadata(entries, None, {}), protocol)
+    read = read_metadata(data)
+    assert repr(read) == repr(pickle.loads(data))
+    machine, steps = machine_of(data), machine_of(data, by_records=False)
+    assert machine.spare == steps.spare
+    assert_equal_memos(machine, steps)
+    # None of them shares what can be changed.
+    found = [read.state_dict_metadata[name].properties for name in read.state_dict_metadata]
+    assert len({id(properties.__dict__) for properties in found}) == len({*map(id, found)})
+
+
+def test_descriptions_with_one_chunk_each_are_records() -> None:
+    machine = machine_of(pickle.dumps(metadata_of(9, 1)))
+    # Names and classes are written out in the first description only.
+    assert machine.memo.count(LEFT_OUT) >= 8 * (4 + 5)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "changes"),
+    [
+        (1, {b"\x89": b"N"}),  # requires_grad: None
+        (1, {b"t\x94b": b"t\x940"}),  # a state that is not set
+        (1, {b"]\x94": b"N\x94"}),  # chunks: None
+        (1, {b"ubaub": b"ubbub"}),  # a chunk is the list's state
+        (2, {b"]\x94(": b"]\x94", b"ubeub": b"ubaub"}),  # the last chunk is appended to the first
+    ],
+)
+def test_descriptions_that_look_different_are_left_to_the_opcodes(
+    chunks: int, changes: dict[bytes, bytes]
+) -> None:
+    changed = pickle.dumps(metadata_of(3, chunks))
+    for old, new in changes.items():
+        at = changed.rindex(old)
+        changed = framed(changed[:at] + new + changed[at + len(old) :])
+    with pytest.raises(CheckpointCorruptError) as caught:
+        read_metadata(changed)
+    with pytest.raises(CheckpointCorruptError) as expected:
+        read_stepwise(changed)
+    assert str(caught.value) == str(expected.value)
+
+
+def read_stepwise(data: bytes) -> Metadata:
+    """The Metadata, opcode by opcode."""
+    return check_metadata(run(data, STEPWISE))
+
+
 @pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("own_text", [True, False])
 @pytest.mark.parametrize("own_size", [True, False])
@@ -107,10 +188,9 @@ def test_every_way_that_torch_writes_them(
     steps = machine_of(data, by_records=False)
     assert len(machine.memo) == len(steps.memo)
     assert machine.spare == steps.spare
-    # Nearly all were read at a step, both kinds of them.
-    assert machine.memo.count(LEFT_OUT) >= 140 * 5 + 140 * 2
-    for got, expected in zip(machine.memo, steps.memo, strict=True):
-        assert got is LEFT_OUT or type(got) is type(expected)
+    # Nearly all were read at a step, each kind of them.
+    assert machine.memo.count(LEFT_OUT) >= 140 * 5 + 140 * 2 + 3 * 4
+    assert_equal_memos(machine, steps)
 
 
 @given(st.integers(0, 6), st.lists(NUMBERS, min_size=1, max_size=5))
@@ -150,11 +230,6 @@ def test_names_in_other_roles_are_read_literally() -> None:
     assert (expected.offsets, expected.sizes) == (plain.sizes, plain.offsets)
     read = read_metadata(bytes(swapped)).state_dict_metadata["layers.0.weight"].chunks[4]
     assert read == expected
-
-
-def framed(data: bytes) -> bytes:
-    """The pickle with a frame as long as it is now."""
-    return data[:3] + struct.pack("<Q", len(data) - 11) + data[11:]
 
 
 def test_a_name_that_is_put_elsewhere_meanwhile_is_seen() -> None:
