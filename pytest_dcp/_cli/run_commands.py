@@ -29,7 +29,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show it, and change not
 Idle = Annotated[
     bool,
     typer.Option(
-        "--idle", help="No job saves in the run: you know it. Needed for a URL, which has no lock."
+        "--idle",
+        help="No job saves in the run: you know it. Needed where no lock says so: at URLs.",
     ),
 ]
 
@@ -176,10 +177,9 @@ def _open_steps(
 @contextmanager
 def _hold_lock(run_steps: KnownSteps, run: str, *, idle: bool) -> Iterator[None]:
     """Keep jobs from saving meanwhile. Raises CheckpointError if one does."""
-    if not isinstance(run_steps.folders.root.disk, LocalDisk) and not idle:
-        raise ValueError(f"{run} has no lock: pass --idle if you know that no job saves in it")
     lock = RunLock()
-    lock.take(run_steps.folders)
+    if not lock.take(run_steps.folders) and not idle:
+        raise ValueError(f"{run} has no lock: pass --idle if you know that no job saves in it")
     try:
         yield
     finally:

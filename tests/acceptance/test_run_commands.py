@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +227,22 @@ def test_a_run_in_which_a_job_saves_is_refused(command: Command, root: Path, nam
         assert "another run saves in" in err
         assert command(name, root, *more, "--dry-run")[0] == 0
     assert command(name, root, *more)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["prune", "gc"])
+def test_a_folder_without_locks_needs_a_word_that_no_job_saves(
+    command: Command, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    arguments = [name, root, *(["--keep-last", 1] if name == "prune" else [])]
+    before = folders(root)
+    code, _, error = command(*arguments)
+    assert (code, folders(root)) == (2, before)
+    assert "has no lock: pass --idle if you know that no job saves in it" in error
+    assert command(*arguments, "--idle")[0] == 0
 
 
 def test_a_url_needs_a_word_that_no_job_saves(command: Command, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 import traceback
 import warnings
@@ -19,13 +18,10 @@ from pathlib import Path
 
 from pytest_dcp.faults.tap import watch_operations
 from pytest_dcp.faults.tap.operation import Operation
+from support.disk_changes import BeforeChange
 
 Report = Callable[[int], None]
 Body = Callable[[Report], None]
-CHANGES = {
-    *("make_folder", "create", "write", "allocate", "truncate"),
-    *("rename", "link", "remove", "remove_folder"),
-}
 LIMIT_S = 60
 """Until a fork is ended that does not end by itself."""
 
@@ -41,32 +37,11 @@ class Ended:
     """Of the watched folder; of a fork that came to its end."""
 
 
-class KillBefore:
-    """Watches the changes of a folder, and kills its own process before a chosen one."""
-
-    def __init__(self, is_chosen: Callable[[int, Operation], bool]) -> None:
-        """is_chosen: called with the number of each change, from 1 on, and the change."""
-        self.changes = 0
-        self._is_chosen = is_chosen
-        self._lock = threading.Lock()
-
-    def before(self, operation: Operation) -> None:
-        if operation.kind not in CHANGES:
-            return
-        with self._lock:
-            self.changes += 1
-            if self._is_chosen(self.changes, operation):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def after(self, operation: Operation) -> None:
-        """Does nothing."""
-
-
 def run_and_kill(
     body: Body, root: Path, is_chosen: Callable[[int, Operation], bool] = lambda *_: False
 ) -> Ended:
     """Run the body in a fork, which is killed before the first chosen change of the folder."""
-    watcher = KillBefore(is_chosen)
+    watcher = BeforeChange(is_chosen, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
     def watched(report: Report) -> None:
         with watch_operations([root], watcher):

@@ -11,12 +11,14 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from pytest_dcp._engine.coordinate import OperationCall, team_of
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.steps.increments import Increments
 from pytest_dcp._engine.steps.known_steps import KnownSteps
 from pytest_dcp._engine.steps.preemption import StopRequest
 from pytest_dcp._engine.steps.run_lock import RunLock
 from pytest_dcp._engine.steps.running_save import RunningSave
 from pytest_dcp._engine.verbs.torch_arguments import without_single_process_warning
+from pytest_dcp.tracebacks import warn_caller
 
 T = TypeVar("T")
 
@@ -65,7 +67,11 @@ class OpenRun:
         self.ranks = ranks
         self.stop = stop or StopRequest()
         self._lock = RunLock()
+        self._has_warned = False
+        """That the file system has no locks."""
         self._save: RunningSave | None = None
+        self._given_up: RunningSave | None = None
+        """A save that was not waited for to its end."""
         self._steps = steps
         self._process = os.getpid()
 
@@ -77,6 +83,7 @@ class OpenRun:
         """The steps, as this process has found them."""
         if self._process != os.getpid():
             self._process, self._lock, self._save = os.getpid(), RunLock(), None
+            self._given_up = None
             self._steps = KnownSteps(self.place, self.policy, self._steps.check)
         return self._steps
 
@@ -89,13 +96,17 @@ class OpenRun:
     def running_save(self, save: RunningSave | None) -> None:
         self._save = save
 
-    def ask_coordinator(self, step: str, decide: Callable[[], T]) -> T:
+    def ask_coordinator(
+        self, step: str, decide: Callable[[], T], check: Callable[[], None] = lambda: None
+    ) -> T:
         """The coordinator's decision, on every rank; its error, too, and its warnings there.
 
-        Afterwards all ranks know whether any of them has been asked to stop.
+        check: each rank calls it first; its error is every rank's. Afterwards all ranks know
+        whether any of them has been asked to stop.
         """
         ranks = self.ranks
         if ranks.no_dist:
+            check()
             return decide()
         call = OperationCall(f"steps of {self}")
         team = team_of(ranks.group, call, use_dist=True, coordinator_rank=0)
@@ -103,6 +114,7 @@ class OpenRun:
             together.pickles = True
 
             def decide_here() -> tuple[float, T | None]:
+                check()
                 decision = decide() if together.is_coordinator else None
                 return self.stop.seconds_left, decision
 
@@ -115,14 +127,29 @@ class OpenRun:
         return cast("T", decision)
 
     def take_lock(self) -> None:
-        """Keep other processes from saving in the folder. Raises as `RunLock.take`."""
+        """Keep other processes from saving in the folder, if it can. Raises as `RunLock.take`."""
         folders = self.steps.folders
-        self._lock.take(folders)
+        if self._lock.take(folders) or not isinstance(folders.root.disk, LocalDisk):
+            return
+        if not self._has_warned:
+            self._has_warned = True
+            warn_caller(
+                f"the file system of {folders} has no locks: nothing keeps a second job from "
+                "saving there, too"
+            )
+
+    def keep_lock_during(self, save: RunningSave) -> None:
+        """Release the lock no sooner than this save, given up, has ended: it may yet write."""
+        self._given_up = save
 
     def release_lock(self) -> None:
         """Let other processes save in the folder, if this one has kept them from it."""
-        if self._process == os.getpid():
+        if self._process != os.getpid():
+            return
+        if self._given_up is None:
             self._lock.release()
+        else:
+            self._given_up.call_at_end(self._lock.release)
 
     def arguments_for(self, step: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of `save` and `load` for this step, with the caller's own."""
@@ -131,4 +158,5 @@ class OpenRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, the running save and the signals: they are this process's."""
-        return self.__dict__ | {"_lock": RunLock(), "_save": None, "stop": StopRequest()}
+        own = {"_lock": RunLock(), "_save": None, "_given_up": None, "stop": StopRequest()}
+        return self.__dict__ | own

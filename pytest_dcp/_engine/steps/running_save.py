@@ -87,6 +87,16 @@ class RunningSave:
         self._future = future
         future.add_done_callback(self._note_end)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it still goes on in the background."""
+        return self._future is not None and not self._future.done()
+
+    def call_at_end(self, function: Callable[[], None]) -> None:
+        """Call it when the save in the background ends, in its thread; at once if it has ended."""
+        if self._future is not None:
+            self._future.add_done_callback(lambda _: function())
+
     def wait(self) -> None:
         """Return when it has ended; raises its error.
 

@@ -13,12 +13,15 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from pytest_dcp._engine.background.async_save import async_save
 from pytest_dcp._engine.steps.increments import IncrementPlan, require_no_writer
 from pytest_dcp._engine.steps.open_run import OpenRun
-from pytest_dcp._engine.steps.retention import require_count
+from pytest_dcp._engine.steps.retention import BestSteps, require_count
 from pytest_dcp._engine.steps.running_save import RunningSave
-from pytest_dcp._engine.steps.step_folders import LAST_STEP
+from pytest_dcp._engine.steps.step_folders import LAST_STEP, MOST_NOTES_BYTES, StepNotes
 from pytest_dcp._engine.verbs.save import save
-from pytest_dcp.errors import CheckpointError
+from pytest_dcp.errors import CheckpointError, SaveAbandonedError
 from pytest_dcp.tracebacks import warn_caller
+
+MOST_METRICS_BYTES = MOST_NOTES_BYTES - 1000
+"""The time is in the notes, too; longer ones would not be read."""
 
 
 def save_step(
@@ -64,7 +67,12 @@ def wait_for_save(run: OpenRun) -> None:
     """Return when no save runs any more; raises the error of one that failed. Collective."""
     saving, run.running_save = run.running_save, None
     if saving is not None:
-        saving.wait()
+        try:
+            saving.wait()
+        except SaveAbandonedError:
+            if saving.is_running:
+                run.keep_lock_during(saving)
+            raise
         _end(run, saving.step)
 
 
@@ -81,18 +89,13 @@ def _begin(
     keywords: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Prepare the step's folder; returns the arguments of `save`."""
-    numbers = _checked_metrics(metrics)
-    require_count("step", step, least=0)
-    if step > LAST_STEP:
-        raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
-
-    if not keywords.get("use_collectives", True):
-        raise ValueError(
-            "use_collectives=False cannot be given: a step has one index, which rank 0 writes"
-        )
     increments = run.increments
-    if increments is not None:
-        require_no_writer(keywords)
+    numbers: dict[str, float] = {}
+
+    def check() -> None:
+        best = run.policy.best if run.ranks.has_coordinator else None
+        numbers.update(_checked_metrics(metrics, best))
+        _check_arguments(step, keywords, is_incremental=increments is not None)
 
     def begin() -> IncrementPlan | None:
         steps = run.steps
@@ -103,7 +106,7 @@ def _begin(
         steps.folders.note_start(step, numbers)
         return plan
 
-    plan = run.ask_coordinator(f"begin step {step}", begin)
+    plan = run.ask_coordinator(f"begin step {step}", begin, check)
     run.steps.forget(step)
     target = run.arguments_for(step, keywords)
     if increments is not None and plan is not None:
@@ -127,13 +130,39 @@ def _end(run: OpenRun, step: int) -> None:
         warn_caller(f"old steps in {run} were not removed: {error}")
 
 
-def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    numbers = {}
+def _check_arguments(step: int, keywords: Mapping[str, Any], *, is_incremental: bool) -> None:
+    require_count("step", step, least=0)
+    if step > LAST_STEP:
+        raise ValueError(f"step takes a number up to {LAST_STEP}, got {step}")
+    if not keywords.get("use_collectives", True):
+        raise ValueError(
+            "use_collectives=False cannot be given: a step has one index, which rank 0 writes"
+        )
+    if is_incremental:
+        require_no_writer(keywords)
+
+
+def _checked_metrics(
+    metrics: Mapping[str, float] | None, best: BestSteps | None
+) -> dict[str, float]:
+    """The metrics as floats. best: the rule that needs one of them."""
+    numbers: dict[str, float] = {}
+    if not isinstance(metrics, Mapping | None):
+        raise TypeError(f"metrics= takes names with their numbers, got {metrics!r:.200}")
     for name, value in (metrics or {}).items():
         try:
             numbers[str(name)] = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"metrics= takes numbers, got {name}={value!r}") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is a tensor's
+            raise TypeError(f"metrics= takes numbers, got {name}={value!r:.200}") from None
         if math.isnan(numbers[str(name)]):
             warn_caller(f"metric {name!r} is NaN: no best step is chosen by it")
+    if len(StepNotes(numbers).to_bytes()) > MOST_METRICS_BYTES:
+        raise ValueError(
+            f"metrics= takes at most {MOST_METRICS_BYTES:,} bytes of JSON: these {len(numbers)} "
+            "are longer"
+        )
+    if numbers and best is not None and best.metric not in numbers:
+        warn_caller(
+            f"metric {best.metric!r} is missing: best= chooses none of the steps saved without it"
+        )
     return numbers

@@ -20,6 +20,7 @@ nothing. A removal also takes the names of the files from the index, and notes t
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -43,6 +44,7 @@ NOTES = "step.json"
 REMOVAL = "removal.json"
 LATEST = "latest.json"
 MOST_NOTES_BYTES = 1 << 20
+DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
 def step_name(step: int) -> str:
@@ -156,7 +158,7 @@ class StepFolders:
         self._own_steps.discard(step)
         if folder.exists(METADATA):
             unlisted = _files_of_index(folder)
-            write_small(folder, REMOVAL, json.dumps({"files": unlisted}).encode())
+            _note_removal(folder, unlisted)
             with folder.between_leases(METADATA):
                 folder.remove(METADATA)
             folder.sync()
@@ -167,7 +169,7 @@ class StepFolders:
         folder.remove(REMOVAL)
         if isinstance(folder.disk, LocalDisk):
             with suppress(OSError):  # a stranger's folder in it, or another job is there already
-                Path(folder.path).rmdir()
+                _remove_folder(Path(folder.path))
         self.root.sync()
 
     def _below(self, name: str) -> Folder:
@@ -195,6 +197,26 @@ class StepFolders:
             names = [str(one["name"]) for one in entries if one["type"] == "directory"]
             return [name.rstrip("/").rpartition("/")[2] for name in names]
         return []
+
+
+def _note_removal(folder: Folder, unlisted: list[str]) -> None:
+    """Note that a removal begins. A full disk may have no room for it; the removal makes some.
+
+    A crash then leaves what a crashed save leaves.
+    """
+    try:
+        write_small(folder, REMOVAL, json.dumps({"files": unlisted}).encode())
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove an empty folder, or the link to one: the folder elsewhere stays."""
+    if path.is_symlink() and not any(path.iterdir()):
+        path.unlink()
+    else:
+        path.rmdir()
 
 
 def _files_of_index(folder: Folder) -> list[str]:

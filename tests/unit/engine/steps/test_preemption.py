@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import pytest_dcp.checkpoint as dcp
+from pytest_dcp._engine.steps.run_lock import RunLock
+from pytest_dcp._engine.steps.run_place import RunPlace
 from pytest_dcp.checkpoint import CheckpointManager, SaveAbandonedError
 from pytest_dcp.checkpoint.state_dict_saver import AsyncCheckpointerType
 from pytest_dcp.faults import FaultyStorage, Hang, NoSpace, Slow
@@ -233,8 +235,24 @@ def test_a_wait_for_storage_that_hangs_ends_with_the_grace(
     send()
     with pytest.raises(SaveAbandonedError, match="save of step 2 was given up"):
         manager.close()
+    with pytest.raises(dcp.CheckpointError, match="another run saves in"):
+        save_steps(root, 2)  # the thread may yet write
     hung.release()  # the thread goes on, sees that the time is over, and removes its file
+    wait_for_lock(root)
     assert_only_the_first_step_remains(root)
+
+
+def wait_for_lock(root: Path) -> None:
+    lock = RunLock()
+    until_s = time.monotonic() + LIMIT_S
+    while True:
+        try:
+            lock.take(RunPlace(root).open_folders())
+        except dcp.CheckpointError:
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
+        else:
+            return lock.release()
 
 
 def test_a_background_process_is_given_up_too(root: Path) -> None:
@@ -252,13 +270,17 @@ def test_a_background_process_is_given_up_too(root: Path) -> None:
     with pytest.raises(SaveAbandonedError, match="save of step 2 was given up"):
         manager.close()
     assert whole_steps(save_steps(root)) == [1]
+    (root / "release").touch()  # the process ends its work, and is free for the next test
+    wait_for_lock(root)
 
 
 class SlowWriter(dcp.FileSystemWriter):
-    """Its data takes longer than any test."""
+    """Writes its data once there is a file `release` beside its folder."""
 
     def write_data(self, *arguments: Any, **keywords: Any) -> Any:
-        time.sleep(LIMIT_S)
+        until_s = time.monotonic() + LIMIT_S
+        while not (Path(self.path).parent / "release").exists() and time.monotonic() < until_s:
+            time.sleep(0.05)
         return super().write_data(*arguments, **keywords)
 
 

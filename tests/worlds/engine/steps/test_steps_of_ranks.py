@@ -82,6 +82,17 @@ class TestTwoRanks:
         with pytest.raises(dcp.CheckpointExistsError, match="step 4 cannot be saved after step 5"):
             manager.save(4, state_of(4))
 
+    @pytest.mark.parametrize("wrong_rank", [0, 1])
+    def test_a_wrong_argument_of_one_rank_is_an_error_on_all(
+        self, checkpoint_dir: Path, rank: int, wrong_rank: int
+    ) -> None:
+        manager = CheckpointManager(checkpoint_dir)
+        metrics: Any = {"loss": "low" if rank == wrong_rank else 0.5}
+        with pytest.raises(dcp.CheckpointException, match=f"rank {wrong_rank}.*got loss='low'"):
+            manager.save(1, state_of(1), metrics=metrics)
+        manager.save(1, state_of(1), metrics={"loss": 0.5})
+        assert [step.number for step in manager.steps()] == [1]
+
     def test_background_saves_run_one_after_another(self, checkpoint_dir: Path) -> None:
         manager = CheckpointManager(checkpoint_dir, keep_last=1)
         for step in (1, 2, 3):
