@@ -130,7 +130,7 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> Answer:
         own_methods = tuple(method for method in case.methods if method in engine_cases.OUR_OWN)
         case = replace(case, methods=own_methods)
     rounds, quick, profile = options.rounds, options.quick, options.profile
-    if case.kind == "plan":
+    if case.kind.startswith("plan"):
         job = partial(
             engine_plans.run_plan,
             case, rounds=rounds, quick=quick, full=options.full, profile=profile,

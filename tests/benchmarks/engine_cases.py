@@ -49,7 +49,8 @@ class Case:
 
     name: str
     kind: str
-    """load, verify, save, async, load memory, save memory, plan or index: selects the function."""
+    """load, verify, save, async, load memory, save memory, plan, plan again or index: selects
+    the function."""
     goals: tuple[Goal, ...]
     methods: tuple[str, ...] = (OURS, TORCH)
     place: str = DISK
@@ -176,8 +177,13 @@ def _metadata() -> list[Case]:
         Case(f"plan {ranks:,} ranks", "plan", (_faster(100),), ranks=ranks)
         for ranks in (64, 256, 1_024)
     ]
+    again = [
+        Case(f"plan again, {ranks:,} ranks", "plan again", (_faster(100),), ranks=ranks)
+        for ranks in (64, 256)
+    ]
     return [
         *plans,
+        *again,
         Case("open index", "index", (_faster(500), FOREIGN_GOAL), NO_RAW),
         Case("open index, all columns", "index", (_faster(None),)),
         Case("write index", "index", (_faster(20),)),

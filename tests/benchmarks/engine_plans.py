@@ -41,7 +41,9 @@ from pytest_dcp._engine.format import metadata_file
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
 from pytest_dcp._engine.plan.columns import WriteItems
 from pytest_dcp._engine.plan.index import index_of
-from pytest_dcp._engine.verbs.save_messages import compress_plan, expand_plan
+from pytest_dcp._engine.verbs.plan_exchange import KnownPlan, NewPlan, PlanExchange, digest_of
+from pytest_dcp._engine.verbs.plan_memory import PlanMemory
+from pytest_dcp._engine.verbs.save_messages import compress_plan
 
 TENSORS = 1_000
 COLUMNS = 1_024
@@ -89,25 +91,44 @@ def our_plans(size: int, tensors: int) -> list[SavePlan]:
     return [replace(first, items=table) for table in tables]
 
 
-@dataclass
 class OurStep:
-    """Our plan step, stage after stage."""
+    """Our plan step with its messages, stage after stage."""
 
-    plan: SavePlan
-    payloads: Sequence[Any]
-    metadata: Metadata | None = None
+    def __init__(self, plans: Sequence[SavePlan], *, again: bool = False) -> None:
+        """again: a later save of the same plans, of which the ranks send the digests."""
+        self.plans = plans
+        self.metadata: Metadata | None = None
+        self._planner = dcp.DefaultSavePlanner()
+        self._again = False
+        digests = list(map(digest_of, plans))
+        self.payloads = [_sent(NewPlan(*new)) for new in zip(plans, digests, strict=True)]
+        self.run()
+        if again:
+            name = self._here.structures[0].name
+            self.payloads = [_sent(KnownPlan(digest, name)) for digest in digests]
+            self._again = True
 
     def run(self) -> None:
-        """The critical path."""
-        pack(self.plan)
-        plans = [unpack(payload) for payload in self.payloads]
-        joined, self.metadata = dcp.DefaultSavePlanner().create_global_plan(plans)
-        global_plans = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
-        replies = [
-            pack(compress_plan(plan, local))
-            for plan, local in zip(global_plans, plans, strict=True)
-        ]
-        expand_plan(unpack(replies[0]), self.plan)
+        """The critical path: the last rank's message, the coordinator's work, its answer there."""
+        if not self._again:
+            self._here, self._there = PlanMemory(), PlanMemory()
+        here, there, last = self._here, self._there, len(self.plans) - 1
+        rank = PlanExchange(self._planner, there, last)
+        pack(rank.offer(self.plans[-1]))
+        coordinator = PlanExchange(self._planner, here, 0)
+        own = coordinator.offer(self.plans[0])
+        offers = [own, *(unpack(payload) for payload in self.payloads[1:])]
+        if coordinator.ask_for(offers) is not None:
+            raise RuntimeError("the coordinator does not know the plans")
+        local, joined, self.metadata = coordinator.join()
+        plans = dcp.FileSystemWriter("unused").prepare_global_plan(joined)
+        compressed = [compress_plan(*pair) for pair in zip(plans, local, strict=True)]
+        replies = [pack(answer) for answer in coordinator.answers(compressed, [None] * len(local))]
+        rank.accept(unpack(replies[-1]))
+
+
+def _sent(message: object) -> list[bytes]:
+    return [bytes(part) for part in pack(message)]
 
 
 @dataclass
@@ -128,12 +149,6 @@ class TorchStep:
         pickle.loads(replies[0])
 
 
-def our_step(size: int, tensors: int) -> OurStep:
-    """Our plan step with the payloads that the ranks sent."""
-    plans = our_plans(size, tensors)
-    return OurStep(plans[0], [[bytes(part) for part in pack(plan)] for plan in plans])
-
-
 def torch_step(size: int, tensors: int) -> TorchStep:
     """torch's plan step with the pickles that the ranks sent."""
     first = write_plan(0, size, tensors)
@@ -145,11 +160,12 @@ def run_plan(
 ) -> Answer:
     """Time the plan step; torch's at the largest size only if `full`, for it takes minutes."""
     tensors = TENSORS // QUICK_PART if quick else TENSORS
-    ours = our_step(case.ranks, tensors)
+    again = case.kind == "plan again"
+    ours = OurStep(our_plans(case.ranks, tensors), again=again)
     steps: dict[str, Callable[[], object]] = {OURS: ours.run}
     with_torch = TORCH in case.methods and (full or quick or case.ranks < SLOWEST_RANKS)
     notes: dict[str, object] = {
-        "bytes of our local plan": sum(map(len, ours.payloads[0])),
+        "bytes of our local plan": sum(map(len, ours.payloads[-1])),
         "tensors": tensors,
     }
     if with_torch:

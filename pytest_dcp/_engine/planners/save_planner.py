@@ -83,6 +83,7 @@ class DefaultSavePlanner(SavePlanner):
         enable_plan_caching: bool = False,
         *,
         replicas: ReplicaCheck | None = None,
+        remember_plans: bool = True,
     ) -> None:
         """As torch's, and:
 
@@ -90,6 +91,9 @@ class DefaultSavePlanner(SavePlanner):
             compare. "sample": every Python value and a small sample of the tensors; "check":
             everything; "off". Copies that differ raise ReplicaMismatchError. None: as the
             environment variable DCP_REPLICAS says; "sample" without it.
+        remember_plans: whether the ranks of a group and its coordinator remember plans, so that
+            unchanged ones are sent only once: see the guide, "Saves after the first". Not for
+            subclasses, and not with enable_plan_caching, which is this planner's own memory.
         """
         self.replica_check = _choose_check(replicas, os.environ)
         self._entries: dict[str, bytes] = {}
@@ -105,6 +109,7 @@ class DefaultSavePlanner(SavePlanner):
                 "DefaultSavePlanner's `dedup_replicated_tensors` argument is being deprecated, "
                 "and no longer has any effect. Please remove this argument from your call."
             )
+        self.remember_plans = remember_plans
         self._enable_plan_caching = enable_plan_caching
         self._cached_plans_key = type(self).__name__
         self._cache = PlanCache() if enable_plan_caching else None

@@ -45,6 +45,7 @@ from pytest_dcp._engine.simulation.simulation import (
 )
 from pytest_dcp._engine.simulation.step_messages import (
     StepMessages,
+    later_plan_messages,
     metadata_message,
     plan_messages,
     write_messages,
@@ -52,6 +53,7 @@ from pytest_dcp._engine.simulation.step_messages import (
 )
 from pytest_dcp._engine.storages.file_names import names_of_rank
 from pytest_dcp._engine.storages.folder_writer import CURRENT_DCP_VERSION
+from pytest_dcp._engine.verbs.plan_memory import MEMORY_BYTES, JoinedPlans
 from pytest_dcp._engine.verbs.replica_check import Comparison
 from pytest_dcp._engine.verbs.save_messages import CompressedPlan, compress_plan
 from pytest_dcp.garbage_collection import collector_paused
@@ -162,6 +164,8 @@ class _Joined:
     metadata: Metadata
     compressed: list[CompressedPlan | SavePlan]
     checks: list[Checks | None]
+    remembered: bool
+    """Whether the coordinator keeps them for later saves."""
     plan_s: float
 
 
@@ -214,7 +218,12 @@ class _SimulatedSave:
         joined = self._join_plans()
         local, metadata, plan_s = self.local, joined.metadata, joined.plan_s
         self.metadata = metadata
-        plan = plan_messages(local.plans, joined.compressed, joined.checks, local.lookalikes)
+        plan = plan_messages(
+            local.plans, joined.compressed, joined.checks, local.lookalikes, self.planner
+        )
+        later_plan = plan
+        if joined.remembered:
+            later_plan = later_plan_messages(joined.compressed, joined.checks)
         held_bytes = self._held_bytes()
         held_rows = sum(len(plan.items) for plan in local.plans)
         written = _WrittenRanks(local, joined, self.rules, listed)
@@ -237,6 +246,7 @@ class _SimulatedSave:
             chunks=len(index.offset),
             metadata_bytes=stock + -stock % ALIGNMENT + manifest + TRAILER_BYTES,
             steps=steps,
+            later_steps=(later_plan, write),
             coordinator=CoordinatorCost(
                 connections=len(written.items) - 1,
                 memory_bytes=memory,
@@ -258,8 +268,10 @@ class _SimulatedSave:
         compressed = [compress_plan(*pair) for pair in zip(joined, plans, strict=True)]
         checks = comparison.choose_rows(plans)
         plan_s = time.perf_counter() - start_s
+        to_remember = JoinedPlans.of(self.planner, plans, joined, metadata)
+        remembered = self.planner.remember_plans and to_remember.kept_bytes() <= MEMORY_BYTES
         self.planner.replicas, self.planner.planned = None, []
-        return _Joined(joined, metadata, compressed, checks, plan_s)
+        return _Joined(joined, metadata, compressed, checks, remembered, plan_s)
 
     def _make_catalog(
         self, metadata: Metadata, index: Index, results: Iterable[Sequence[WriteResult]]

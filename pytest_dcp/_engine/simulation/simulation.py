@@ -79,6 +79,8 @@ class Simulation:
     """Of the file `.metadata`."""
     steps: tuple[StepMessages, ...]
     """The steps `plan` and `write`."""
+    later_steps: tuple[StepMessages, ...]
+    """The same of a later save in the same group, with the same names, shapes and dtypes."""
     coordinator: CoordinatorCost
     plans: Mapping[int, RankPlan]
     """Of the ranks that `ranks=` names."""

@@ -21,10 +21,20 @@ from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.write_results import WriteColumns
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.replica_comparison import Checks
+from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+from pytest_dcp._engine.verbs.plan_exchange import (
+    DIGEST_BYTES,
+    KnownPlan,
+    NewPlan,
+    PlanAnswer,
+    RepeatedPlan,
+)
+from pytest_dcp._engine.verbs.plan_memory import UNNAMED
 from pytest_dcp._engine.verbs.save_messages import CompressedPlan, encode_metadata
 
 PLAN, WRITE = Head(1, Mode.REDUCE_SCATTER, "plan"), Head(2, Mode.ALL_REDUCE, "write")
 COORDINATOR = 0
+NO_DIGEST = bytes(DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +64,44 @@ def plan_messages(
     compressed: Sequence[CompressedPlan | SavePlan],
     checks: Sequence[Checks | None],
     lookalikes: Sequence[object],
+    planner: DefaultSavePlanner,
 ) -> StepMessages:
     """The messages of the first step: local plans, and what each rank is to write and compare."""
-    up = _sizes(PLAN, FrameKind.VALUE, zip(lookalikes, plans, strict=True), lambda plan: plan)
+    offers = ((key, _new(plan, planner)) for key, plan in zip(lookalikes, plans, strict=True))
+    up = _sizes(PLAN, FrameKind.VALUE, offers, lambda offer: offer)
     replies = (
-        ((_shape_of(plan), None if some is None else len(some), len(str(rank))), (plan, some))
+        (
+            (_shape_of(plan), None if some is None else len(some), len(str(rank))),
+            PlanAnswer(plan, some),
+        )
         for rank, (plan, some) in enumerate(zip(compressed, checks, strict=True))
     )
     down = _sizes(PLAN, FrameKind.RESULT, replies, lambda reply: reply)
     return StepMessages("plan", up, down)
+
+
+def later_plan_messages(
+    compressed: Sequence[CompressedPlan | SavePlan], checks: Sequence[Checks | None]
+) -> StepMessages:
+    """The same in a later save of unchanged plans: their digests, and each rank's file names."""
+    offers = ((None, KnownPlan(NO_DIGEST, UNNAMED)) for _ in compressed)
+    up = _sizes(PLAN, FrameKind.VALUE, offers, lambda offer: offer)
+    replies = (
+        (
+            (None if some is None else len(some), len(str(rank)), _shape_of(plan)),
+            PlanAnswer(_repeat(plan), some),
+        )
+        for rank, (plan, some) in enumerate(zip(compressed, checks, strict=True))
+    )
+    return StepMessages("plan", up, _sizes(PLAN, FrameKind.RESULT, replies, lambda reply: reply))
+
+
+def _repeat(plan: CompressedPlan | SavePlan) -> SavePlan | RepeatedPlan:
+    return plan if isinstance(plan, SavePlan) else RepeatedPlan(plan.plan, plan.same_data)
+
+
+def _new(plan: SavePlan, planner: DefaultSavePlanner) -> NewPlan | SavePlan:
+    return NewPlan(plan, NO_DIGEST) if planner.remember_plans else plan
 
 
 def _shape_of(plan: CompressedPlan | SavePlan) -> Hashable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -21,7 +21,7 @@ from pytest_dcp._engine.coordinate import Team
 from pytest_dcp._engine.io.progress_observer import Observer, Progress, observe_with
 from pytest_dcp._engine.plan.hooks import require_complete, require_plan, with_list
 from pytest_dcp._engine.plan.per_rank import ranks_known
-from pytest_dcp._engine.plan.replica_comparison import Checks, ReplicaCheck, Sums
+from pytest_dcp._engine.plan.replica_comparison import ReplicaCheck, Sums
 from pytest_dcp._engine.plan.storage_capabilities import cleans_up, names_saves, place_of
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
 from pytest_dcp._engine.staging.unstaged_tensors import written_first
@@ -29,13 +29,19 @@ from pytest_dcp._engine.storages.folder_cleanup import discard_files
 from pytest_dcp._engine.verbs.call_events import CallEvents
 from pytest_dcp._engine.verbs.fake_group import fake_group_of, plan_in_fake_world
 from pytest_dcp._engine.verbs.phase_timing import Phases
+from pytest_dcp._engine.verbs.plan_exchange import (
+    Offer,
+    PlanAnswer,
+    PlanExchange,
+    SendPlan,
+    exchange_of,
+)
 from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
     compress_plan,
     compress_results,
     decode_metadata,
     encode_metadata,
-    expand_plan,
     expand_results,
 )
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
@@ -184,6 +190,11 @@ class Save:
         self.phases = Phases()
         self.local: SavePlan | None = None
         self.rank_plans: list[SavePlan] = []
+        self.exchange = (
+            exchange_of(team, self.planner, self.writer)
+            if self.use_collectives
+            else PlanExchange(self.planner, None, rank=0)
+        )
         self.comparison = Comparison(self.planner)
         self.metadata: Metadata | None = None
 
@@ -207,17 +218,14 @@ class Save:
 
     def _save_together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
-            compressed_plan, checks = team.reduce_scatter(
-                "plan", lambda: self._plan(team), self._make_global_plan
-            )
+            answer = self._agree_on_plan(team)
         comparison = self.comparison
 
         def write() -> tuple[Any, Sums | None, bool]:
             with self.phases.phase("write"):
-                local = self._local_plan()
-                plan = expand_plan(compressed_plan, local)
+                plan = self.exchange.accept(answer)
                 # Before the write, after which the caller may change what was not copied.
-                sums = comparison.sums(local, checks)
+                sums = comparison.sums(self._local_plan(), answer.checks)
                 results = compress_results(self._write(plan), plan)
                 return results, sums, self.request.unstaged is None
 
@@ -238,17 +246,33 @@ class Save:
                 else encode_metadata(self._require_metadata(), sums=False)
             )
 
-        answer = team.all_reduce("write", write, commit)
-        if isinstance(answer, Dispute):
-            comparison.settle(team, self._local_plan(), answer)
-        return self._require_metadata() if team.is_coordinator else decode_metadata(answer)
+        outcome = team.all_reduce("write", write, commit)
+        if isinstance(outcome, Dispute):
+            comparison.settle(team, self._local_plan(), outcome)
+        return self._require_metadata() if team.is_coordinator else decode_metadata(outcome)
+
+    def _agree_on_plan(self, team: Team) -> PlanAnswer:
+        """The coordinator's answer to this rank's plan, of which it may know the digest only."""
+        exchange = self.exchange
+        answer = team.reduce_scatter(
+            "plan", lambda: exchange.offer(self._plan(team)), self._make_global_plan
+        )
+        if isinstance(answer, SendPlan):
+            request = answer
+            answer = team.reduce_scatter(
+                "plan", lambda: exchange.offer_again(request), self._make_global_plan
+            )
+        if isinstance(answer, SendPlan):
+            raise ValueError("the coordinator asked twice for the ranks' plans")  # noqa: TRY004
+        return answer
 
     def _save_without_coordination(self, team: Team) -> Metadata:
         def write() -> Sequence[WriteResult]:
             with self.phases.phase("plan"):
-                (compressed,) = self._make_global_plan([self._plan(team)])
+                alone = [self.exchange.offer(self._plan(team))]
+                plan = self.exchange.accept(cast("PlanAnswer", self._make_global_plan(alone)[0]))
             with self.phases.phase("write"):
-                return self._write(expand_plan(compressed[0], self._local_plan()))
+                return self._write(plan)
 
         def commit() -> None:
             with self.phases.phase("commit"):
@@ -313,17 +337,23 @@ class Save:
         if reset is not None:
             reset()
 
-    def _make_global_plan(self, plans: list[SavePlan]) -> list[tuple[Any, Checks | None]]:
-        """On the coordinator: the items that each rank writes, and the pieces that it compares."""
+    def _make_global_plan(self, offers: list[Offer]) -> Sequence[SendPlan | PlanAnswer]:
+        """On the coordinator: the items that each rank writes, and the pieces that it compares.
+
+        Or requests for plans that are not known here.
+        """
+        requests = self.exchange.ask_for(offers)
+        if requests is not None:
+            return requests
         with self._events("global_step"):
-            joined, self.metadata = self.planner.create_global_plan(plans)
+            local, joined, self.metadata = self.exchange.join()
             if cleans_up(self.writer):
                 self.writer.remove_leftovers()
             self.rank_plans = self.writer.prepare_global_plan(joined)
         compressed = [
-            compress_plan(plan, local) for plan, local in zip(self.rank_plans, plans, strict=True)
+            compress_plan(plan, own) for plan, own in zip(self.rank_plans, local, strict=True)
         ]
-        return list(zip(compressed, self.comparison.choose_rows(plans), strict=True))
+        return self.exchange.answers(compressed, self.comparison.choose_rows(local))
 
     def _write(self, plan: SavePlan) -> Sequence[WriteResult]:
         with self._events("write_data"):

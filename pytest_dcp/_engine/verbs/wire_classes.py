@@ -60,10 +60,11 @@ def allows_pickles(*owners: object) -> bool:
     choices = [pickle_choice_of(owner) for owner in owners]
     if False in choices:
         return False
-    return True in choices or not all(map(_is_known, owners))
+    return True in choices or not all(map(is_known, owners))
 
 
-def _is_known(owner: object) -> bool:
+def is_known(owner: object) -> bool:
+    """Whether the object's class is from torch or the engine."""
     return type(owner).__module__.partition(".")[0] in OWN_PACKAGES
 
 

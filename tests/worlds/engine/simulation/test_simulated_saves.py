@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest_dcp
 import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.coordinate.connection import Connection
 from pytest_dcp._engine.coordinate.frame import FrameKind
+from pytest_dcp._engine.verbs import plan_memory
 from pytest_dcp._engine.verbs.save import Save
 from pytest_dcp.properties.meshes import MeshSpec, meshes
 from pytest_dcp.properties.placements import Layout, layouts
@@ -106,6 +107,12 @@ class Example:
                 found[f"model.t{n}"] = found[f"t{n}"] = layout.fit(len(spec.shape))
         return found
 
+    def write_to(self, folder: Path, state: dict[str, Any]) -> Any:
+        writer = dcp.FileSystemWriter(
+            folder, single_file_per_rank=self.one_file, thread_count=self.threads
+        )
+        return dcp.save(state, storage_writer=writer, planner=self.planner())
+
     def planner(self) -> Any:
         return dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=self.lowest, replicas=self.replicas)
 
@@ -131,15 +138,15 @@ def saves(draw: st.DrawFn, size: int) -> Example:
 
 def check(save: Example, rank: int, folder: Path, world: Any) -> None:
     """Save for real, simulate, and compare what this rank and the folder show."""
+    # An earlier example may have had the same structure.
+    plan_memory._memories.clear()
+    world.barrier()
     state = save.state(rank)
     with watch_save() as seen:
-        metadata = dcp.save(
-            state,
-            storage_writer=dcp.FileSystemWriter(
-                folder, single_file_per_rank=save.one_file, thread_count=save.threads
-            ),
-            planner=save.planner(),
-        )
+        metadata = save.write_to(folder / "1", state)
+    with watch_save() as later:
+        save.write_to(folder / "2", state)
+    folder /= "1"
     simulated = pytest_dcp.simulate(
         save.mesh.shape,
         save.placements(),
@@ -158,13 +165,14 @@ def check(save: Example, rank: int, folder: Path, world: Any) -> None:
     assert simulated.file_bytes[rank] == sum(own.values())
     assert (folder / ".metadata").stat().st_size == simulated.metadata_bytes
     if save.replicas != "sample":  # a sample is random, and so is its length
-        check_messages(simulated, seen, rank)
+        check_messages(simulated.steps, seen, rank)
+        check_messages(simulated.later_steps, later, rank)
     world.barrier()
 
 
-def check_messages(simulated: pytest_dcp.Simulation, seen: Seen, rank: int) -> None:
-    up = [int(step.to_coordinator[rank]) for step in simulated.steps]
-    down = [int(one) for step in simulated.steps for one in step.from_coordinator[1:]]
+def check_messages(steps: Sequence[Any], seen: Seen, rank: int) -> None:
+    up = [int(step.to_coordinator[rank]) for step in steps]
+    down = [int(one) for step in steps for one in step.from_coordinator[1:]]
     assert seen.frames.get(FrameKind.VALUE, []) == ([] if rank == 0 else up)
     assert sorted(seen.frames.get(FrameKind.RESULT, [])) == (sorted(down) if rank == 0 else [])
 
