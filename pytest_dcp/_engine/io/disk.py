@@ -45,6 +45,8 @@ class In(Protocol):
     size: int
     maps: bool
     """Whether it is worth calling `window`."""
+    request_bytes: int
+    """Long ranges are read in calls of at least this size, where each call is a request."""
 
     @property
     def stored_bytes(self) -> int:

@@ -133,6 +133,8 @@ class LocalOut:
 class LocalIn:
     """A file descriptor that is read from, by position. Its errors name the file."""
 
+    request_bytes = 0
+
     def __init__(
         self, fd: int, size: int, kind: str | None = None, path: Path | None = None
     ) -> None:

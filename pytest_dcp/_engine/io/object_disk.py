@@ -23,6 +23,9 @@ NEAR = frozenset(("file", "local", "memory"))
 """Protocols of fsspec that use no network."""
 GET_BYTES = 32 << 20
 """Bytes requested at a time: bounds the memory used besides the target."""
+REQUEST_BYTES = 8 << 20
+"""Checked ranges are read in requests of this size: a round trip's worth of bytes is a small part
+of it."""
 GAP_BYTES = 256 << 10
 """Up to this many unwanted bytes are fetched if that saves a request: a round trip's worth."""
 
@@ -204,6 +207,7 @@ class ObjectIn:
 
     maps = True
     """One window is one request for all ranges near each other."""
+    request_bytes = REQUEST_BYTES
 
     def __init__(self, fs: Any, path: str) -> None:
         self.fs = fs
@@ -267,6 +271,7 @@ class MemoryIn:
     """A file that has been read."""
 
     maps = False
+    request_bytes = 0
 
     def __init__(self, content: bytes) -> None:
         self.content = memoryview(content)

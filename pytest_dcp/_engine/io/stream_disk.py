@@ -122,6 +122,7 @@ class StreamIn:
     """A seekable stream that is read from, one reader at a time."""
 
     maps = False
+    request_bytes = 1 << 20
 
     def __init__(self, stream: IO[bytes] | io.IOBase) -> None:
         self.stream = stream

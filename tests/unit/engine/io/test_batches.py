@@ -37,6 +37,8 @@ SMALL, LARGE = 100, BLOCK_BYTES + 1
 class FakeIn:
     """A file in memory that may cut a read short."""
 
+    request_bytes = 0
+
     def __init__(self, content: bytes, *, maps: bool, short: int = 0) -> None:
         self.content = content
         self.size = len(content)

@@ -28,10 +28,14 @@ MODES = ["auto", "full", "off"]
 class FakeIn:
     """A file in memory."""
 
+    request_bytes = 0
+
     def __init__(self, content: bytes, *, maps: bool = False) -> None:
         self.content = content
         self.size = len(content)
         self.maps = maps
+        self.calls: list[int] = []
+        """The length of each read."""
 
     def window(self, offset: int, nbytes: int) -> memoryview | None:
         return memoryview(bytearray(self.content[offset : offset + nbytes]))
@@ -40,6 +44,7 @@ class FakeIn:
         return sum(map(self.read_into, offsets, views))
 
     def read_into(self, offset: int, view: memoryview) -> int:
+        self.calls.append(len(view))
         part = self.content[offset : offset + len(view)]
         view[: len(part)] = part
         return len(part)
@@ -134,7 +139,8 @@ def test_a_flipped_bit_is_found_where_it_is_checked_and_there_is_no_false_alarm(
     high = data.draw(st.integers(low + 1, nbytes))
     checked = verified(low, high, nbytes, block, verify, extend_from)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "PIECE_BYTES", data.draw(st.sampled_from([3, 16, 100])))
+        for name in ("PIECE_BYTES", "WINDOW_PIECE_BYTES"):
+            patch.setattr(ranges, name, data.draw(st.sampled_from([3, 16, 100])))
         patch.setattr(ranges, "EXTEND_FROM_BYTES", extend_from)
         for at in range(nbytes):
             broken = bytearray(whole)
@@ -152,6 +158,23 @@ def test_a_flipped_bit_is_found_where_it_is_checked_and_there_is_no_false_alarm(
             else:
                 take(0, low, view)
                 assert bytes(view) == broken[low:high]
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("verify", "sums", "request_bytes", "calls"),
+    [
+        ("auto", True, 0, [7, 7, 7, 7, 2]),
+        ("auto", True, 20, [20, 10]),
+        ("off", True, 0, [30]),
+        ("auto", False, 0, [30]),
+    ],
+)
+def test_ranges_are_read_in_pieces_only_to_be_summed(verify, sums, request_bytes, calls):
+    reader = reader_of(data_of(30), 10, verify, sums=sums)
+    reader.file.request_bytes = request_bytes
+    reader.read(0, 0, memoryview(bytearray(30)))
+    assert reader.file.calls == calls
 
 
 @pytest.mark.parametrize("verify", MODES)
