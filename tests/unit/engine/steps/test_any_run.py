@@ -1,4 +1,5 @@
-"""Any history of a run against a plain dict: saves, crashes, damage, restarts, removals, strangers.
+"""Any history of a run against a plain dict: saves, incremental or not, crashes, damage, restarts,
+removals, strangers.
 
 Promised: the newest whole step is found, with its values; no whole step that the rules keep is
 lost; only the rules and `remove_after` remove; and files that are not the package's stay.
@@ -86,13 +87,18 @@ RULES = st.builds(
 
 
 class AnyRun(RuleBasedStateMachine):
-    @initialize(rules=RULES)
-    def begin(self, rules: Rules) -> None:
+    @initialize(rules=RULES, incremental=st.booleans())
+    def begin(self, rules: Rules, incremental: bool) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="dcp-any-run-")) / "run"
         self.model = Model()
         self.strangers: set[Path] = set()
-        self.rules = rules
-        self.manager = CheckpointManager(self.root, no_dist=True, **rules.keywords())
+        self.rules, self.incremental = rules, incremental
+        self.manager = self._open()
+
+    def _open(self) -> CheckpointManager:
+        """The run, as its job opens it."""
+        keywords = self.rules.keywords()
+        return CheckpointManager(self.root, no_dist=True, incremental=self.incremental, **keywords)
 
     @property
     def newest(self) -> int:
@@ -125,11 +131,11 @@ class AnyRun(RuleBasedStateMachine):
         with pytest.raises(dcp.CheckpointExistsError):
             self._save(step, 9)
 
-    @rule(rules=RULES)
-    def restart(self, rules: Rules) -> None:
+    @rule(rules=RULES, incremental=st.booleans())
+    def restart(self, rules: Rules, incremental: bool) -> None:
         self.manager.close()
-        self.rules = rules
-        self.manager = CheckpointManager(self.root, no_dist=True, **rules.keywords())
+        self.rules, self.incremental = rules, incremental
+        self.manager = self._open()
 
     @rule(back=st.integers(1, 3))
     def go_back(self, back: int) -> None:
@@ -192,7 +198,7 @@ class AnyRun(RuleBasedStateMachine):
         with crash_at(change), suppress(CrashError, dcp.CheckpointException):
             yield
         self.manager._run.release_lock()  # as the end of the process does
-        self.manager = CheckpointManager(self.root, no_dist=True, **self.rules.keywords())
+        self.manager = self._open()
         known = before | added
         whole = {step for step in known if self._is_loadable(step)}
         assert kept & set(before) <= whole, f"{sorted(whole)} of {sorted(before)}, kept {kept}"
@@ -218,16 +224,22 @@ class AnyRun(RuleBasedStateMachine):
         folder = self._folder(step)
         data = next(folder.glob("*.distcp"))
         index = folder / ".metadata"
+        damaged = {step}
         if kind == "lose":
             data.unlink()
         elif kind == "cut":
+            damaged = {other for other in self.model.losses if self._has(other, data)}
             data.write_bytes(data.read_bytes()[:20])
         elif kind == "lose index":
             index.unlink()
         else:
             index.write_bytes(index.read_bytes()[:-9] + bytes(9))
-        del self.model.losses[step]
-        self.model.wrecks.add(step)
+        self.model.losses = {s: v for s, v in self.model.losses.items() if s not in damaged}
+        self.model.wrecks |= damaged
+
+    def _has(self, step: int, data: Path) -> bool:
+        """Whether the step has this very file, perhaps shared with others."""
+        return any(data.samefile(path) for path in self._folder(step).glob("*.distcp"))
 
     @rule(name=st.sampled_from(["notes.txt", "step-3", "step-x", "steps", "not-whole/mine"]))
     def add_stranger(self, name: str) -> None:
@@ -266,7 +278,7 @@ class AnyRun(RuleBasedStateMachine):
             assert loaded.number == self.newest
             assert loaded.metrics == {"loss": self.model.losses[self.newest]}
         expected = state_of(self.newest, int(self.model.losses[self.newest]))
-        assert torch.equal(state["w"], expected["w"])
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
         whole = {step.number for step in fresh.steps() if step.is_whole}
         assert whole == set(self.model.losses)
 
@@ -285,7 +297,9 @@ class AnyRun(RuleBasedStateMachine):
 
 
 def state_of(step: int, loss: int) -> dict[str, Any]:
-    return {"w": torch.tensor([float(step), float(loss), 1.0])}
+    """A part of its own, and a larger one that every second step shares with the one before."""
+    shared = torch.full((2000,), float(step // 2))
+    return {"w": torch.tensor([float(step), float(loss), 1.0]), "s": shared}
 
 
 AnyRun.TestCase.settings = settings(
