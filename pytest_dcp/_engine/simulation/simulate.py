@@ -45,6 +45,7 @@ from pytest_dcp._engine.simulation.simulation import (
 )
 from pytest_dcp._engine.simulation.step_messages import (
     StepMessages,
+    later_metadata_message,
     later_plan_messages,
     metadata_message,
     plan_messages,
@@ -235,6 +236,9 @@ class _SimulatedSave:
         manifest, pickled = encoded_length(catalog), pickled_length(catalog)
         stock = pickled + table_bytes(manifest)
         write = write_messages(written.messages, metadata_message(catalog))
+        later_write = write
+        if later_plan is not plan:
+            later_write = write_messages(written.messages, later_metadata_message(catalog))
         steps = (plan, write)
         memory = _memory_bytes(steps, held_rows, index, catalog.places, manifest, pickled)
         return Simulation(
@@ -246,7 +250,7 @@ class _SimulatedSave:
             chunks=len(index.offset),
             metadata_bytes=stock + -stock % ALIGNMENT + manifest + TRAILER_BYTES,
             steps=steps,
-            later_steps=(later_plan, write),
+            later_steps=(later_plan, later_write),
             coordinator=CoordinatorCost(
                 connections=len(written.items) - 1,
                 memory_bytes=memory,

@@ -29,12 +29,19 @@ from pytest_dcp._engine.verbs.plan_exchange import (
     PlanAnswer,
     RepeatedPlan,
 )
-from pytest_dcp._engine.verbs.plan_memory import UNNAMED
-from pytest_dcp._engine.verbs.save_messages import CompressedPlan, encode_metadata
+from pytest_dcp._engine.verbs.plan_memory import ANSWER_BYTES, UNNAMED
+from pytest_dcp._engine.verbs.save_messages import (
+    CompressedPlan,
+    EncodedMetadata,
+    change_metadata,
+    encode_metadata,
+)
 
 PLAN, WRITE = Head(1, Mode.REDUCE_SCATTER, "plan"), Head(2, Mode.ALL_REDUCE, "write")
 COORDINATOR = 0
 NO_DIGEST = bytes(DIGEST_BYTES)
+FIRST_FILES, LATER_FILES = f"-{'0' * 12}.", "-3f9a61c07be2."
+"""In the names of two saves' files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +148,21 @@ def metadata_message(catalog: Catalog) -> int:
     """
     answer = encode_metadata(catalog.metadata(), sums=False)
     return _frame_bytes(WRITE, FrameKind.RESULT, pack(answer))
+
+
+def later_metadata_message(catalog: Catalog) -> int:
+    """The same in a later save, whose files only have other names; compressed, and so not exact.
+
+    If the ranks do not remember the metadata, it is sent in full again.
+    """
+    answer = encode_metadata(catalog.metadata(), sums=False)
+    if not isinstance(answer, EncodedMetadata) or len(answer.manifest) > ANSWER_BYTES:
+        return metadata_message(catalog)
+    later_files = tuple(name.replace(FIRST_FILES, LATER_FILES) for name in catalog.places.files)
+    places = replace(catalog.places, files=later_files)
+    later = encode_metadata(replace(catalog, places=places).metadata(), sums=False)
+    changed = change_metadata(later, answer) if isinstance(later, EncodedMetadata) else None
+    return _frame_bytes(WRITE, FrameKind.RESULT, pack(later if changed is None else changed))
 
 
 def _sizes(

@@ -34,7 +34,17 @@ from pytest_dcp._engine.verbs.plan_memory import (
     remembers_plans,
     settings_of,
 )
-from pytest_dcp._engine.verbs.save_messages import CompressedPlan, expand_plan
+from pytest_dcp._engine.verbs.save_messages import (
+    ChangedMetadata,
+    CompressedPlan,
+    EncodedMetadata,
+    change_metadata,
+    decode_metadata,
+    encode_metadata,
+    expand_plan,
+    name_of_base,
+    restore_metadata,
+)
 
 DIGEST_BYTES = 16
 
@@ -56,6 +66,8 @@ class KnownPlan:
     digest: bytes
     answer: bytes
     """The name of the coordinator's answer to it."""
+    base: bytes = UNNAMED
+    """The name of the metadata that the rank remembers of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ class PlanExchange:
         self._rank = rank
         self._local: SavePlan | None = None
         self._digest = b""
+        self._name = UNNAMED
         self._offers: list[Offer] = []
         self._recalled: dict[bytes, SavePlan] = {}
         self._structure: Structure | None = None
@@ -124,7 +137,10 @@ class PlanExchange:
             return plan
         self._digest = digest_of(plan)
         part = self._memory.part(self._digest)
-        return NewPlan(plan, self._digest) if part is None else KnownPlan(self._digest, part.name)
+        if part is None:
+            return NewPlan(plan, self._digest)
+        base = self._memory.answer(part.name)
+        return KnownPlan(self._digest, part.name, UNNAMED if base is None else name_of_base(base))
 
     def offer_again(self, request: SendPlan) -> Offer:
         """The message of the further round."""
@@ -133,6 +149,7 @@ class PlanExchange:
     def accept(self, answer: PlanAnswer) -> SavePlan:
         """The plan to carry out."""
         plan, memory = answer.plan, self._memory
+        self._name = answer.name
         if isinstance(plan, RepeatedPlan):
             part = None if memory is None else memory.part(self._digest)
             if part is None or part.name != answer.name:
@@ -146,6 +163,18 @@ class PlanExchange:
         if self._local is None:
             raise ValueError("this rank has offered no plan")
         return self._local
+
+    def read_metadata(self, message: Any) -> Metadata:
+        """The checkpoint's metadata, from the coordinator's message at the end of the save."""
+        memory, name = self._memory, self._name
+        if isinstance(message, ChangedMetadata):
+            base = None if memory is None else memory.answer(name)
+            if base is None:
+                raise ValueError("the coordinator refers to a metadata that this rank lacks")
+            message = restore_metadata(message, base)
+        elif memory is not None and isinstance(message, EncodedMetadata) and name != UNNAMED:
+            memory.keep_answer(name, message)
+        return decode_metadata(message)
 
     # On the coordinator.
 
@@ -214,6 +243,26 @@ class PlanExchange:
         if plan.rows is not before.origin.rows or plan.hint is not before.hint:
             return plan
         return RepeatedPlan(plan.plan, plan.same_data)
+
+    def write_metadata(self, metadata: Metadata) -> Metadata | EncodedMetadata | ChangedMetadata:
+        """The message of the checkpoint's metadata, short if all ranks remember an earlier one."""
+        message = encode_metadata(metadata, sums=False)
+        memory, name = self._memory, self._name
+        if memory is None or name == UNNAMED or not isinstance(message, EncodedMetadata):
+            return message
+        base = memory.answer(name)
+        changed = change_metadata(message, base) if base and self._all_have(base) else None
+        if changed is None:
+            memory.keep_answer(name, message)
+        return message if changed is None else changed
+
+    def _all_have(self, base: EncodedMetadata) -> bool:
+        names = name_of_base(base), self._name
+        return all(
+            isinstance(offer, KnownPlan) and (offer.base, offer.answer) == names
+            for rank, offer in enumerate(self._offers)
+            if rank != self._rank
+        )
 
 
 def exchange_of(team: Team, planner: SavePlanner, writer: object) -> PlanExchange:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from pytest_dcp._engine import operating_system
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import WriteItems
-from pytest_dcp._engine.plan.containers import DescribedPaths
 from pytest_dcp._engine.plan.index import Index, KeyTable, index_of
 from pytest_dcp._engine.plan.replica_comparison import Replicas
 from pytest_dcp._engine.planners.save_planner import DefaultSavePlanner
+from pytest_dcp._engine.verbs.save_messages import EncodedMetadata, copy_paths
 from pytest_dcp._engine.verbs.wire_classes import is_known
 
 STRUCTURES = 4
@@ -32,6 +32,8 @@ saves its model and its optimizer in turn."""
 MEMORY_BYTES = 1 << 30
 """The most that the coordinator of a group remembers: some 7 million items of all ranks together. A
 larger plan is sent in full at each save."""
+ANSWER_BYTES = 16 << 20
+"""The largest metadata, as it is sent, that a rank remembers for each global plan."""
 NAME_BYTES, PATH_BYTES = 100, 400
 """Of a name in memory, and of a path in the state dict with its key, roughly."""
 UNNAMED = bytes(8)
@@ -62,14 +64,14 @@ class JoinedPlans:
         metadata: Metadata,
     ) -> JoinedPlans:
         """The plans that the planner has just joined."""
-        index, paths = index_of(metadata), _copy_paths(metadata.planner_data)
+        index, paths = index_of(metadata), copy_paths(metadata.planner_data)
         return cls(list(local), list(plans), index, paths, planner.replicas)
 
     def give_to(self, planner: DefaultSavePlanner) -> tuple[list[SavePlan], Metadata]:
         """The result of the planner's `create_global_plan`, and its state after that."""
         # Objects of this save's own: its caller gets them, and may change them.
         keys: Any = KeyTable(self.index)
-        planner.metadata = Metadata(keys, planner_data=_copy_paths(self.paths))
+        planner.metadata = Metadata(keys, planner_data=copy_paths(self.paths))
         planner.global_plan = list(self.plans)
         planner.replicas = self.replicas
         planner.planned = [plan.items for plan in self.local]
@@ -86,12 +88,6 @@ class JoinedPlans:
         arrays += [] if self.replicas is None else self.replicas.group
         columns: int = sum({id(array): array.nbytes for array in arrays}.values())
         return columns + NAME_BYTES * sum(names.values()) + PATH_BYTES * sum(paths.values())
-
-
-def _copy_paths(paths: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if isinstance(paths, DescribedPaths):
-        return DescribedPaths(paths, paths.description)
-    return None if paths is None else dict(paths)
 
 
 def remembers_plans(planner: object, writer: object) -> bool:
@@ -144,6 +140,9 @@ class PlanMemory:
     """The one used last comes last."""
     parts: dict[bytes, OwnPart] = field(default_factory=dict)
     """By the digest of the local plan; the one used last comes last."""
+    answers: dict[bytes, EncodedMetadata] = field(default_factory=dict)
+    """By the name of the global plan: a checkpoint's metadata, from which later ones differ little.
+    The one used last comes last."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def plans(self) -> dict[bytes, SavePlan]:
@@ -191,6 +190,24 @@ class PlanMemory:
             self.parts[digest] = part
             while len(self.parts) > STRUCTURES:
                 del self.parts[next(iter(self.parts))]
+
+    def answer(self, name: bytes) -> EncodedMetadata | None:
+        """The metadata that both sides may refer to."""
+        with self.lock:
+            return self.answers.get(name)
+
+    def keep_answer(self, name: bytes, answer: EncodedMetadata) -> None:
+        """Remember the metadata, unless it is too large."""
+        if len(answer.manifest) > ANSWER_BYTES:
+            return
+        # A copy: the caller of the save may change what it gets.
+        paths, *values = answer.python_values
+        answer = replace(answer, python_values=(copy_paths(paths), *values))
+        with self.lock:
+            self.answers.pop(name, None)
+            self.answers[name] = answer
+            while len(self.answers) > STRUCTURES:
+                del self.answers[next(iter(self.answers))]
 
 
 _memories: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, PlanMemory]] = (

@@ -40,8 +40,6 @@ from pytest_dcp._engine.verbs.replica_check import Comparison, Dispute
 from pytest_dcp._engine.verbs.save_messages import (
     compress_plan,
     compress_results,
-    decode_metadata,
-    encode_metadata,
     expand_results,
 )
 from pytest_dcp._engine.verbs.save_request import SaveCall, SaveRequest
@@ -243,13 +241,15 @@ class Save:
             return (
                 self.metadata
                 if team.size == 1
-                else encode_metadata(self._require_metadata(), sums=False)
+                else self.exchange.write_metadata(self._require_metadata())
             )
 
         outcome = team.all_reduce("write", write, commit)
         if isinstance(outcome, Dispute):
             comparison.settle(team, self._local_plan(), outcome)
-        return self._require_metadata() if team.is_coordinator else decode_metadata(outcome)
+        if team.is_coordinator:
+            return self._require_metadata()
+        return self.exchange.read_metadata(outcome)
 
     def _agree_on_plan(self, team: Team) -> PlanAnswer:
         """The coordinator's answer to this rank's plan, of which it may know the digest only."""

@@ -6,10 +6,13 @@ their hints. After writing it sends only the places; the coordinator knows the i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
@@ -21,6 +24,7 @@ from pytest_dcp._engine.format.compressed_bytes import compress_pieces, decompre
 from pytest_dcp._engine.format.write_results import WriteColumns, WriteResults
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import WriteItems
+from pytest_dcp._engine.plan.containers import DescribedPaths, description_of
 from pytest_dcp._engine.verbs import wire_classes  # noqa: F401 - registers the classes to send
 
 
@@ -79,6 +83,7 @@ def expand_results(
     return WriteResults(plan.items, compressed)
 
 
+BASE_BYTES, BLOCK_BYTES = 8, 64
 COMPRESSED_FROM_BYTES = 1 << 20
 """A manifest of 16,384 ranks and 1,000 tensors has a gigabyte, of which each rank gets a copy from
 the coordinator: an eighteenth, compressed and without checksums. One that is shorter than this is
@@ -97,7 +102,21 @@ class EncodedMetadata:
     """planner_data, storage_meta, version, further attributes."""
 
 
-record(CompressedPlan, EncodedMetadata)
+@dataclass(frozen=True, slots=True)
+class ChangedMetadata:
+    """Metadata as its difference from an earlier one that both sides remember."""
+
+    base: bytes
+    """The digest of that one's manifest."""
+    blocks: NDArray[np.uint32]
+    """The blocks in which both manifests differ, of BLOCK_BYTES each: those of the files' names."""
+    difference: bytes
+    """The exclusive or of these blocks, compressed."""
+    python_values: tuple[Any, Any, Mapping[str, Any]]
+    """As of `EncodedMetadata`, but for the planner's, which is the same."""
+
+
+record(CompressedPlan, EncodedMetadata, ChangedMetadata)
 
 
 def encode_metadata(metadata: Metadata, *, sums: bool = True) -> EncodedMetadata | Metadata:
@@ -119,6 +138,65 @@ def encode_metadata(metadata: Metadata, *, sums: bool = True) -> EncodedMetadata
         return EncodedMetadata(manifest_columns.encode(bare), 0, python_values)
     pieces = manifest_columns.encode_pieces(bare)
     return EncodedMetadata(compress_pieces(pieces), nbytes, python_values)
+
+
+def name_of_base(encoded: EncodedMetadata) -> bytes:
+    """The name under which both sides remember the metadata: a digest of its message."""
+    digest = hashlib.blake2b(encoded.manifest, digest_size=BASE_BYTES)
+    return digest.digest()
+
+
+def change_metadata(encoded: EncodedMetadata, base: EncodedMetadata) -> ChangedMetadata | None:
+    """The difference from an earlier metadata; None if it is no shorter, or would not be exact."""
+    paths, *values = encoded.python_values
+    new, old = _manifest_of(encoded), _manifest_of(base)
+    # In order, too: torch's pickle of the metadata has it.
+    same_paths = _paths_in_order(paths) == _paths_in_order(base.python_values[0])
+    if len(new) != len(old) or not same_paths:
+        return None
+    differences = np.bitwise_xor(_blocks_of(new), _blocks_of(old))
+    blocks = np.flatnonzero(differences.any(axis=1)).astype(np.uint32)
+    difference = compress_pieces([differences[blocks].data])
+    if len(difference) + blocks.nbytes >= len(encoded.manifest):
+        return None
+    return ChangedMetadata(name_of_base(base), blocks, difference, (*values,))
+
+
+def restore_metadata(changed: ChangedMetadata, base: EncodedMetadata) -> EncodedMetadata:
+    """Undo `change_metadata`."""
+    if name_of_base(base) != changed.base:
+        raise ValueError("the metadata was changed from one that this rank does not have")
+    manifest, paths = _manifest_of(base), base.python_values[0]
+    blocks = _blocks_of(manifest)
+    nbytes = BLOCK_BYTES * len(changed.blocks)
+    difference = np.frombuffer(decompress(changed.difference, nbytes), np.uint8)
+    blocks[changed.blocks] ^= difference.reshape(-1, BLOCK_BYTES)
+    new = blocks.tobytes()[: len(manifest)]
+    return EncodedMetadata(new, 0, (copy_paths(paths), *changed.python_values))
+
+
+def _manifest_of(encoded: EncodedMetadata) -> bytes:
+    if encoded.compressed_from:
+        return decompress(encoded.manifest, encoded.compressed_from)
+    return encoded.manifest
+
+
+def _blocks_of(manifest: bytes) -> NDArray[np.uint8]:
+    """A copy in blocks; zeros fill the last one."""
+    blocks = np.zeros((-(-len(manifest) // BLOCK_BYTES), BLOCK_BYTES), np.uint8)
+    blocks.reshape(-1)[: len(manifest)] = np.frombuffer(manifest, np.uint8)
+    return blocks
+
+
+def _paths_in_order(paths: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    return () if paths is None else (tuple(paths.items()), description_of(paths))
+
+
+def copy_paths(paths: Any) -> Any:
+    """The planner's data in a dict of its own; None and anything but paths as it is."""
+    if isinstance(paths, DescribedPaths):
+        return DescribedPaths(paths, paths.description)
+    return dict(paths) if isinstance(paths, Mapping) else paths
 
 
 def decode_metadata(encoded: EncodedMetadata | Metadata) -> Metadata:

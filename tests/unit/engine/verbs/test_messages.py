@@ -24,12 +24,14 @@ from pytest_dcp._engine.plan.index import Index
 from pytest_dcp._engine.verbs.save_messages import (
     CompressedPlan,
     EncodedMetadata,
+    change_metadata,
     compress_plan,
     compress_results,
     decode_metadata,
     encode_metadata,
     expand_plan,
     expand_results,
+    restore_metadata,
 )
 from support.catalogs import describe_fields, same, samples
 from support.tilings import fewer, shard_item, value_item
@@ -228,3 +230,44 @@ def test_an_edit_of_the_keys_is_sent_where_some_chunks_have_no_file():
 @fewer(8)
 def test_metadata_of_other_storages_arrives_as_it_was(sample):
     assert sent(sample.stock) == sample.stock
+
+
+def renamed(catalog: Catalog) -> Catalog:
+    """The catalog of another save of the same state."""
+    files = tuple(f"{name[:-1]}x" for name in catalog.places.files)
+    return replace(catalog, places=replace(catalog.places, files=files))
+
+
+@pytest.mark.parametrize("count", [1, 10, 20_000])
+def test_a_later_metadata_comes_home_from_its_difference(count: int):
+    paths = {"w": ("w",), "v": ("v",)}
+    base = replace(many_chunks(count), planner_data=paths)
+    later = replace(renamed(base), version="later")
+    messages = [encode_metadata(one.metadata(), sums=False) for one in (base, later)]
+    change = sent(change_metadata(messages[1], messages[0]))
+    assert len(change.difference) < 200
+    back = decode_metadata(restore_metadata(change, messages[0]))
+    expected = decode_metadata(messages[1])
+    assert same(Catalog.of(back), Catalog.of(expected))
+    assert (back.planner_data, back.version) == (paths, "later")
+    assert back.planner_data is not paths
+
+
+def test_a_metadata_with_other_paths_or_of_another_length_has_no_difference():
+    base = replace(many_chunks(300), planner_data={"w": ("w",), "v": ("v",)})
+    longer = replace(base, places=replace(base.places, files=("a longer name" * 9,)))
+    others = [
+        replace(base, planner_data={"v": ("v",), "w": ("w",)}),
+        replace(base, planner_data=None),
+        longer,
+    ]
+    first = encode_metadata(base.metadata())
+    for other in others:
+        assert change_metadata(encode_metadata(other.metadata()), first) is None
+
+
+def test_a_difference_from_another_metadata_is_refused():
+    base, other = (encode_metadata(many_chunks(count).metadata()) for count in (300, 301))
+    change = change_metadata(encode_metadata(renamed(many_chunks(300)).metadata()), base)
+    with pytest.raises(ValueError, match="changed from one that this rank does not have"):
+        restore_metadata(change, other)

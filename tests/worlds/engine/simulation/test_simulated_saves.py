@@ -28,6 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e
 VALUES = (3, "text", [1, 2], {"lr": 0.5, "betas": (0.9, 0.99)}, None, b"bytes")
 
 
+LATER_BYTES = 128
+"""By which the answers of a later save may differ: it depends on the files' names."""
+
+
 @dataclass
 class Seen:
     """What one rank planned and sent in a save."""
@@ -166,15 +170,20 @@ def check(save: Example, rank: int, folder: Path, world: Any) -> None:
     assert (folder / ".metadata").stat().st_size == simulated.metadata_bytes
     if save.replicas != "sample":  # a sample is random, and so is its length
         check_messages(simulated.steps, seen, rank)
-        check_messages(simulated.later_steps, later, rank)
+        check_messages(simulated.later_steps, later, rank, within=LATER_BYTES)
     world.barrier()
 
 
-def check_messages(steps: Sequence[Any], seen: Seen, rank: int) -> None:
+def check_messages(steps: Sequence[Any], seen: Seen, rank: int, *, within: int = 0) -> None:
     up = [int(step.to_coordinator[rank]) for step in steps]
     down = [int(one) for step in steps for one in step.from_coordinator[1:]]
     assert seen.frames.get(FrameKind.VALUE, []) == ([] if rank == 0 else up)
-    assert sorted(seen.frames.get(FrameKind.RESULT, [])) == (sorted(down) if rank == 0 else [])
+    sent, expected = (
+        sorted(seen.frames.get(FrameKind.RESULT, [])),
+        sorted(down if rank == 0 else []),
+    )
+    assert len(sent) == len(expected)
+    assert all(abs(a - b) <= within for a, b in zip(sent, expected, strict=True))
 
 
 @pytest.mark.world_size(2, isolation="module")

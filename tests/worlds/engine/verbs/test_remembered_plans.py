@@ -61,7 +61,7 @@ def messages_of(state: dict[str, Any], folder: Path, **options: Any) -> list[str
 def forget(group: Any = None) -> plan_memory.PlanMemory:
     """Empty this rank's memory of a group, and return it."""
     memory = plan_memory.memory_of(group or dist.group.WORLD, 0)
-    memory.structures, memory.parts = [], {}
+    memory.structures, memory.parts, memory.answers = [], {}, {}
     return memory
 
 
@@ -69,6 +69,21 @@ def forget(group: Any = None) -> plan_memory.PlanMemory:
 def _no_memory(world: Any) -> None:
     forget()
     world.barrier()
+
+
+@contextmanager
+def watch_answers() -> Iterator[list[str]]:
+    """The kinds of the messages with which saves end on this rank."""
+    seen: list[str] = []
+    read = PlanExchange.read_metadata
+
+    def note(exchange: PlanExchange, message: Any) -> Any:
+        seen.append(type(message).__name__)
+        return read(exchange, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlanExchange, "read_metadata", note)
+        yield seen
 
 
 def content_of(metadata: Any) -> dict[str, Any]:
@@ -378,3 +393,55 @@ def test_a_save_in_a_thread_remembers_too(checkpoint_dir: Path) -> None:
             save.result()  # type: ignore[union-attr] # a future
     assert seen == [*NEW, *KNOWN]
     assert messages_of(state, checkpoint_dir / "2") == KNOWN
+
+
+# ---- the metadata that ranks get
+
+
+def test_later_metadata_is_sent_as_a_difference(checkpoint_dir: Path, rank: int) -> None:
+    state = {"w": numbered(4), "x": {"y": 1}}
+    with watch_answers() as seen:
+        for n in range(3):
+            found: Any = dcp.save(state, checkpoint_id=checkpoint_dir / str(n))
+            stored: Any = dcp.FileSystemReader(checkpoint_dir / str(n)).read_metadata()
+            assert dict(found.storage_data) == dict(stored.storage_data)
+            assert found.planner_data == stored.planner_data
+            assert found.storage_meta.save_id == stored.storage_meta.save_id
+            assert content_of(found) == content_of(stored)
+            found.storage_data.clear()
+            found.planner_data.clear()
+    assert seen == ([] if rank == 0 else ["EncodedMetadata", "ChangedMetadata", "ChangedMetadata"])
+
+
+def test_metadata_of_another_length_is_sent_in_full(checkpoint_dir: Path, rank: int) -> None:
+    with watch_answers() as seen:
+        for n, thread_count in enumerate((1, 4, 4)):
+            writer = dcp.FileSystemWriter(checkpoint_dir / str(n), thread_count=thread_count)
+            state = {str(k): numbered(4) for k in range(8)}
+            found: Any = dcp.save(state, storage_writer=writer)
+            stored: Any = dcp.FileSystemReader(checkpoint_dir / str(n)).read_metadata()
+            assert dict(found.storage_data) == dict(stored.storage_data)
+    assert seen == ([] if rank == 0 else ["EncodedMetadata", "EncodedMetadata", "ChangedMetadata"])
+
+
+@pytest.mark.parametrize("forgetful", [0, 1])
+def test_metadata_that_one_side_lacks_is_sent_in_full(
+    forgetful: int, checkpoint_dir: Path, rank: int
+) -> None:
+    state = {"w": numbered(4)}
+    with watch_answers() as seen:
+        for n in range(3):
+            if n == 1 and rank == forgetful:
+                plan_memory.memory_of(dist.group.WORLD, 0).answers.clear()  # type: ignore[arg-type] # it is there
+            messages_of(state, checkpoint_dir / str(n))
+    assert seen == ([] if rank == 0 else ["EncodedMetadata", "EncodedMetadata", "ChangedMetadata"])
+
+
+def test_large_metadata_is_not_remembered(
+    checkpoint_dir: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_memory, "ANSWER_BYTES", 10)
+    with watch_answers() as seen:
+        for n in range(2):
+            messages_of({"w": numbered(4)}, checkpoint_dir / str(n))
+    assert seen == ([] if rank == 0 else ["EncodedMetadata"] * 2)
