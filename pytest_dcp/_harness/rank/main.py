@@ -54,6 +54,8 @@ from pytest_dcp._harness.rank.this_rank import Rank
 from pytest_dcp.errors import DcpError
 
 LOOPBACK = "127.0.0.1"
+TCP = "tcp://"
+"""Begins the address of a store that is no file."""
 
 
 class ItemRunner(Protocol):
@@ -198,9 +200,13 @@ def _open_store(order: RankLaunch) -> Any:
     """
     import torch.distributed as dist
 
-    url = urlsplit(order.store)
-    if url.scheme != "tcp":
+    if not order.store.startswith(TCP):
+        if order.backend == "gloo":
+            from pytest_dcp._harness.rank.rendezvous_store import RendezvousStore
+
+            return RendezvousStore(order.store, order.size)
         return dist.FileStore(order.store, order.size)  # type: ignore[attr-defined]  # public, not in __all__
+    url = urlsplit(order.store)
     client = dist.TCPStore(url.hostname or "", url.port or 0, is_master=False)  # type: ignore[attr-defined]  # as above
     return dist.PrefixStore(url.path, client)  # type: ignore[attr-defined]  # as above
 
