@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from pytest_dcp._harness.rank import logger_changes
 from pytest_dcp._pytest_internals import pytest_logging
 
 HANDLERS = ("caplog_handler", "report_handler")
@@ -67,15 +68,26 @@ class _Place:
         self._in_order = handlers
         self._handlers = frozenset(handlers)
         self._loggers: list[logging.Logger] = []
+        self._changes_by_then = -1
+        """How many changes of loggers there had been when the handlers hung as they should."""
 
     def hang(self) -> None:
         """Put the handlers on the loggers that pytest would choose now."""
+        # In a process that was just forked, a look at hundreds of loggers copies their pages.
+        if self._changes_by_then == logger_changes.count() and self._hung_on(logging.root):
+            return
+        self._hang_anew()
+        self._changes_by_then = logger_changes.count()
+
+    def _hung_on(self, logger: logging.Logger) -> bool:
+        return self._handlers.issubset(logger.handlers)
+
+    def _hang_anew(self) -> None:
         loggers = [logging.getLogger()]
         for one in logging.Logger.manager.loggerDict.values():
             if isinstance(one, logging.Logger) and not one.propagate:
                 loggers.append(one)
-        hung = self._handlers.issubset
-        if loggers == self._loggers and all(hung(one.handlers) for one in loggers):
+        if loggers == self._loggers and all(map(self._hung_on, loggers)):
             return
         self.take_off()
         for one in loggers:
@@ -89,6 +101,7 @@ class _Place:
             for handler in self._handlers:
                 one.removeHandler(handler)
         self._loggers = []
+        self._changes_by_then = -1
 
 
 class _Catcher:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import decimal
-import functools
 import gc
 import locale
 import logging
@@ -18,11 +17,12 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import HELPERS
+from pytest_dcp._harness.rank import logger_changes
 from pytest_dcp._harness.rank.process_state import Facet
 
 SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
@@ -142,40 +142,15 @@ def _users(handlers: list[logging.Handler]) -> list[logging.Handler]:
     return [handler for handler in handlers if type(handler).__module__ != "_pytest.logging"]
 
 
-class _Touches:
-    """Counts how often a logger was set up: there are hundreds to compare.
-
-    Wraps the methods of `logging.Logger` that do so. A test that empties the list of handlers of
-    another logger than the root is not seen.
-    """
-
-    METHODS = ("__setattr__", "addHandler", "removeHandler", "addFilter", "removeFilter")
-
-    def __init__(self) -> None:
-        self.count = 0
-        for name in self.METHODS:
-            setattr(logging.Logger, name, self._count_calls(getattr(logging.Logger, name)))
-
-    def _count_calls(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return method(*args, **kwargs)
-
-        return counting
-
-
 AS_MADE = (logging.NOTSET, False, True, (), ())
 """The settings of a logger that was not set up."""
-
-_touches: _Touches | None = None
 
 
 class _Loggers(dict[str, Any]):
     """The settings of loggers by name."""
 
-    touches = -1
-    """How many there had been when the settings were these."""
+    changes = -1
+    """How many changes there had been when the settings were these."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
@@ -185,10 +160,8 @@ class _Loggers(dict[str, Any]):
 
 
 def _read_logging() -> _Loggers:
-    global _touches
-    _touches = _touches or _Touches()
     found = _Loggers(_read_root())
-    found.touches = _touches.count
+    found.changes = logger_changes.count()
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger):
             found[name] = _settings_of(logger)
@@ -203,13 +176,13 @@ def _has_other_loggers(then: _Loggers) -> bool:
     """Whether loggers that were there differ, or new ones are not as `getLogger` makes them."""
     if then[""] != _read_root()[""]:
         return True
-    if _touches is not None and _touches.count == then.touches:
+    if logger_changes.count() == then.changes:
         return False
     now = _read_logging()
     changed = any(now.get(name) != settings for name, settings in then.items())
     changed = changed or any(now[name] != AS_MADE for name in _new_loggers(now, then))
     if not changed:
-        then.touches = now.touches
+        then.changes = now.changes
     return changed
 
 
