@@ -79,6 +79,18 @@ def depths_of_mode_stacks() -> tuple[int, int]:
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
+def clear_dynamo_caches() -> None:
+    """Empty the caches of torch.compile's rules, which `init_process_group` does where it is
+    imported.
+
+    A process forked from here then has nothing to empty: to free an inherited cache copies its
+    pages.
+    """
+    rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if (clear := getattr(rules, "clear_lru_cache", None)) is not None:
+        clear()
+
+
 def is_dynamo_configured() -> bool:
     """Whether torch.compile's configuration was imported; it takes seconds."""
     return "torch._dynamo.config" in sys.modules

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from pytest_dcp._harness.launchers import preloading
 from pytest_dcp._harness.launchers.zygote import RankMain
 from pytest_dcp._harness.launchers.zygote_launcher import ZygoteLauncher
 from pytest_dcp._harness.protocol.launcher import RankFds, RankLaunch
@@ -27,4 +29,6 @@ def start_zygote(session: pytest.Session, folder: Path) -> ZygoteLauncher:
 
         return rank_main
 
-    return ZygoteLauncher.start(prepare, detach=hasattr(session.config, "workerinput"))
+    modules = preloading.modules_to_import(sys.modules, session.config.rootpath)
+    detach = hasattr(session.config, "workerinput")
+    return ZygoteLauncher.start(prepare, modules=modules, detach=detach)

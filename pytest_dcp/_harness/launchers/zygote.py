@@ -69,6 +69,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from pytest_dcp._harness.launchers.preloading import NEVER_PRELOAD
 from pytest_dcp._harness.protocol import linux
 from pytest_dcp._harness.protocol.launcher import (
     OWN_SIGNALS,
@@ -82,23 +83,6 @@ from pytest_dcp.garbage_collection import collector_paused
 CLOSE_S = 5.0
 TRACKER_LOOK_MS = 250
 MESSAGE_BYTES = 1 << 16
-PRELOAD = (
-    "numpy.random",
-    "torch",
-    "torch.distributed",
-    "torch.distributed.checkpoint",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.distributed.tensor.parallel",
-    "torch._dynamo",
-)
-"""Modules that tests of distributed code import; torch imports some of them lazily, on the first
-DTensor.
-"""
-NEVER_PRELOAD = ("torch._inductor", "torch.utils.tensorboard")
-"""Importing these starts processes or threads."""
-
 RankMain = Callable[[RankLaunch, RankFds], NoReturn]
 
 
@@ -107,9 +91,16 @@ class Zygote:
 
     rank_main: RankMain
 
-    def __init__(self, control: socket.socket, prepare: Callable[[], RankMain]) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        prepare: Callable[[], RankMain],
+        modules: Sequence[str],
+    ) -> None:
         self.control = control
         self.prepare = prepare
+        self.modules = modules
+        """To import before the first rank is forked; see `preloading`."""
         self.ranks: dict[int, RankLaunch] = {}
         """By process id, the ranks not reaped yet."""
         self.trackers: dict[int, float] = {}
@@ -137,7 +128,7 @@ class Zygote:
     def warm_up(self) -> None:
         """Import the modules that ranks need, and make forking cheap."""
         with collector_paused():
-            for name in PRELOAD:
+            for name in self.modules:
                 self.say({"importing": name})
                 self.preload([name])
         import torch
@@ -154,8 +145,11 @@ class Zygote:
 
         Ranks start from this state: at exit they run only their own handlers.
         """
+        from pytest_dcp._torch_internals.global_state import clear_dynamo_caches
+
         interpreter_exit.forget_inherited()
         linux.flush_c_streams()
+        clear_dynamo_caches()
         gc.collect()
         gc.freeze()
         self.collapsed = False

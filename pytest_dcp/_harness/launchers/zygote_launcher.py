@@ -58,11 +58,18 @@ class ZygoteLauncher(Signals):
         self.lost = ""
 
     @classmethod
-    def start(cls, prepare: Callable[[], RankMain], *, detach: bool) -> ZygoteLauncher:
+    def start(
+        cls,
+        prepare: Callable[[], RankMain],
+        *,
+        modules: Sequence[str],
+        detach: bool,
+    ) -> ZygoteLauncher:
         """Fork the zygote of this process.
 
-        `prepare` runs once in the zygote and returns the function that runs in every rank. `detach`
-        drops the inherited pipes and sockets, which belong to xdist.
+        It imports `modules` before the first rank is forked. `prepare` runs once in it and returns
+        the function that runs in every rank. `detach` drops the inherited pipes and sockets, which
+        belong to xdist.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         linux.pause_openmp()
@@ -76,7 +83,7 @@ class ZygoteLauncher(Signals):
             pid = os.fork()
         if pid == 0:
             ours.close()
-            run_zygote(theirs, parent, prepare, detach)
+            run_zygote(parent, lambda: Zygote(theirs, prepare, modules), detach=detach)
         theirs.close()
         ours.settimeout(SEND_S)
         return cls(ours, pid)
@@ -210,17 +217,12 @@ class ZygoteLauncher(Signals):
             raise self._lost_error() from exc
 
 
-def run_zygote(
-    control: socket.socket,
-    parent: int,
-    prepare: Callable[[], RankMain],
-    detach: bool,
-) -> NoReturn:
+def run_zygote(parent: int, make: Callable[[], Zygote], *, detach: bool) -> NoReturn:
     """The zygote's whole life; never returns into the frames that it was forked in."""
     code = 1
     zygote: Zygote | None = None
     try:
-        zygote = Zygote(control, prepare)
+        zygote = make()
         zygote.settle(parent, detach)
         zygote.warm_up()
         zygote.serve()

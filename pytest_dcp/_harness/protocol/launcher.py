@@ -36,9 +36,17 @@ HELPERS = (
 """Occur in command lines of processes that end by themselves shortly after their rank."""
 
 
+LIBRARIES = ("/site-packages/", "/dist-packages/")
+
+
 def is_worth_preloading(module: str) -> bool:
     """Whether a launcher may import a module for later ranks: never a module of the user."""
     return module.partition(".")[0] in ("torch", "numpy")
+
+
+def is_of_suite(file: str, root: str) -> bool:
+    """Whether a module's file is below the folder `root/`, and of no library. Pure (no I/O)."""
+    return bool(root) and file.startswith(root) and not any(part in file for part in LIBRARIES)
 
 
 @dataclass(frozen=True, slots=True)

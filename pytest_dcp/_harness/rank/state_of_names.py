@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pytest_dcp._harness.protocol.launcher import is_of_suite
 from pytest_dcp._harness.rank.process_state import Facet
 
 FUNCTIONS = {
@@ -62,7 +63,6 @@ CLASSES = (
 )
 """Not the optimizers themselves: torch wraps their `step` when the first one is made."""
 INHERITED = object()
-LIBRARIES = ("/site-packages/", "/dist-packages/")
 
 _root = ""
 """The folder of the suite; set by `watch_suite`."""
@@ -175,13 +175,7 @@ def _some_of(module_name: str, listed: str) -> _Owner:
 
 def _is_of_suite(module: Any) -> bool:
     file = getattr(module, "__file__", None)
-    return (
-        isinstance(module, ModuleType)
-        and bool(_root)
-        and isinstance(file, str)
-        and file.startswith(_root)
-        and not any(part in file for part in LIBRARIES)
-    )
+    return isinstance(module, ModuleType) and isinstance(file, str) and is_of_suite(file, _root)
 
 
 def _is_own(value: Any, module: ModuleType) -> bool:

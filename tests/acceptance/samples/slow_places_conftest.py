@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pytest_dcp._harness.launchers import zygote
+from pytest_dcp._harness.launchers import preloading
 from pytest_dcp._harness.world import world
 
 world.BOOT_S = 10.0
-zygote.PRELOAD = (*zygote.PRELOAD, "slow_import")
+preloading.PRELOAD = (*preloading.PRELOAD, "slow_import")
