@@ -130,7 +130,8 @@ class MarkedItem:
     def order(self) -> RunItem:
         """The order that begins the item."""
         seed = self.harness.seed_of(self.item.nodeid)
-        return RunItem(self.index, self.item.nodeid, seed, str(self.checkpoint_dir))
+        folder, location = str(self.checkpoint_dir), self.item.location
+        return RunItem(self.index, self.item.nodeid, seed, folder, location)
 
     def runtest(self) -> None:
         """Call the test in every rank."""

@@ -155,6 +155,8 @@ class RunItem:
     nodeid: str
     seed: int
     checkpoint_dir: str
+    location: tuple[str, int | None, str] | None = None
+    """pytest's, of the item: file, line and name. None: the rank finds it out for its reports."""
 
 
 @dataclass(frozen=True, slots=True)

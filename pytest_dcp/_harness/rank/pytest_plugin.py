@@ -91,6 +91,8 @@ class RankPlugin:
         if item is None:
             raise DcpError(f"{order.nodeid!r} is not among the items that this rank collected")
         self.warnings = []
+        if order.location is not None:
+            vars(item)["location"] = order.location  # a cached property; every report asks for it
         _widen_world_size(item)
         item.ihook.pytest_runtest_protocol(item=item, nextitem=None)
         self.rank.channel.send(self._conclude_item(self._torn_down))

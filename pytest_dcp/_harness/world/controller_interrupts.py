@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any
 
 RELAYED = (
@@ -27,6 +28,29 @@ RELAYED = (
     signal.SIGUSR2,
 )
 """Signals whose handlers raise: Python's own, and plugins' for timeouts."""
+# The functions in C: those in Python make enumerations' members, 72 of them for each test.
+_handler_of = getattr(signal, "_signal", signal).getsignal
+_set_handler = getattr(signal, "_signal", signal).signal
+
+
+class _Hold:
+    """A block of `Interrupts.held`. A class, since there are two for each message of a rank."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    def __enter__(self) -> None:
+        self._interrupts.begin_hold()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._interrupts.end_hold()
+        if error is None:
+            self._interrupts.relay_postponed()
 
 
 class Interrupts:
@@ -38,8 +62,9 @@ class Interrupts:
         """
         self._depth = 0
         self._handlers: dict[int, Callable[[int, Any], object]] = {}
-        self._is_holding = False
+        self._hold_depth = 0
         self._postponed: list[int] = []
+        self._hold = _Hold(self)
 
     @contextmanager
     def relayed(self) -> Iterator[None]:
@@ -57,23 +82,29 @@ class Interrupts:
             if not self._depth:
                 self._give_back()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Interrupts during the block are delayed until its end. May be nested."""
-        was_holding, self._is_holding = self._is_holding, True
-        try:
-            yield
-        finally:
-            self._is_holding = was_holding
-        while self._postponed and not self._is_holding:
+        return self._hold
+
+    def begin_hold(self) -> None:
+        """Delay interrupts."""
+        self._hold_depth += 1
+
+    def end_hold(self) -> None:
+        """Inverse of `begin_hold`."""
+        self._hold_depth -= 1
+
+    def relay_postponed(self) -> None:
+        """Call the handlers of interrupts that came meanwhile."""
+        while self._postponed and not self._hold_depth:
             self._relay(self._postponed.pop(0), sys._getframe())
 
     def _take(self) -> None:
         for signum in RELAYED:
-            handler = signal.getsignal(signum)
+            handler = _handler_of(signum)
             if callable(handler):
                 self._handlers[signum] = handler
-                signal.signal(signum, self._relay)
+                _set_handler(signum, self._relay)
 
     def _give_back(self) -> None:
         """Restore the handlers; an exception that one of them raises meanwhile is raised at the
@@ -83,7 +114,7 @@ class Interrupts:
         while self._handlers:
             try:
                 signum, handler = next(iter(self._handlers.items()))
-                signal.signal(signum, handler)
+                _set_handler(signum, handler)
                 del self._handlers[signum]
             except BaseException as error:  # noqa: BLE001  # raised below
                 raised = error
@@ -91,7 +122,7 @@ class Interrupts:
             raise raised
 
     def _relay(self, signum: int, frame: Any) -> None:
-        if self._is_holding:
+        if self._hold_depth:
             self._postponed.append(signum)
         elif not (self.ignored and signum == signal.SIGINT) and signum in self._handlers:
             self._handlers[signum](signum, frame)

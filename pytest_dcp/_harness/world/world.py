@@ -163,26 +163,18 @@ class World:
     def run(self, phase: Phase, order: Down) -> Outcome:
         """One phase on every rank; fails at once when a rank has died since the last."""
         with self._guarded():  # an interrupt may come between the two
-            self.begin(phase, order)
-            return self.finish()
+            self._begin(phase, order)
+            return self._finish()
 
     def begin(self, phase: Phase, order: Down) -> None:
         """Have every rank except those lost on request start a phase; `finish` follows."""
         with self._guarded():
-            self._loop.drain()
-            self._is_awaited = True
-            with self._loop.interrupts.held():
-                if not self._supervisor.failures or self.survivors_idle:
-                    orders = dict.fromkeys(self._supervisor.idle, order)
-                    self._loop.act(self._supervisor.begin(phase, orders, self._deadline))
+            self._begin(phase, order)
 
     def finish(self) -> Outcome:
         """Wait until every rank has answered, died or been killed; returns the phase's outcome."""
         with self._guarded():
-            outcome = self._settle()
-            self._deadline = self._supervisor.deadline
-            self._is_awaited = False
-            return outcome
+            return self._finish()
 
     def run_until(
         self, phase: Phase, order: Down, is_decided: Callable[[Results, Failures], bool]
@@ -316,6 +308,20 @@ class World:
             os.ftruncate(end.draws, 0)
 
     # Inside.
+
+    def _begin(self, phase: Phase, order: Down) -> None:
+        self._loop.drain()
+        self._is_awaited = True
+        with self._loop.interrupts.held():
+            if not self._supervisor.failures or self.survivors_idle:
+                orders = dict.fromkeys(self._supervisor.idle, order)
+                self._loop.act(self._supervisor.begin(phase, orders, self._deadline))
+
+    def _finish(self) -> Outcome:
+        outcome = self._settle()
+        self._deadline = self._supervisor.deadline
+        self._is_awaited = False
+        return outcome
 
     def _order(self, rank: int) -> RankLaunch:
         spec = self.spec

@@ -122,6 +122,7 @@ FIELDS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
         "nodeid": texts,
         "seed": st.integers(),
         "checkpoint_dir": texts,
+        "location": st.none() | st.tuples(texts, st.none() | st.integers(), texts),
     },
     Go: {"phase": phases, "next_index": st.integers(), "next_nodeid": texts},
     Example: {"payload": st.binary()},
