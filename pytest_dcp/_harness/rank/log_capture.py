@@ -61,7 +61,7 @@ def log_without_debug(config: pytest.Config) -> tuple[int, str]:
     return left_out, "\n".join(handler.format(record) for record in records)
 
 
-class _Place:
+class HandlerPlaces:
     """The loggers that have the handlers."""
 
     def __init__(self, handlers: Sequence[logging.Handler]) -> None:
@@ -149,7 +149,7 @@ class SteadyLogs:
         is_supported = "attached_loggers" in getattr(self._pytests, "__slots__", ())  # pytest 9.2
         plugin = config.pluginmanager.getplugin("logging-plugin") if is_supported else None
         handlers = [getattr(plugin, name) for name in HANDLERS if hasattr(plugin, name)]
-        self._place = _Place(handlers)
+        self._place = HandlerPlaces(handlers)
         self._catchers = {handler: _Catcher(handler) for handler in handlers}
 
     def __call__(
