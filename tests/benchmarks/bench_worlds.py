@@ -142,6 +142,7 @@ def report(samples: Sequence[table.Sample], console: Console, *, markdown: bool)
         ),
         ("ms per example of a property", table.EXAMPLE_COLUMNS, table.example_rows(found)),
         ("ms per session of ordinary tests", table.PLAIN_COLUMNS, table.plain_rows(found)),
+        ("ms per short session", table.SHORT_COLUMNS, table.short_rows(found)),
         ("targets", table.TARGET_COLUMNS, table.target_rows(judged)),
     ]
     for title, columns, rows in parts:

@@ -145,6 +145,7 @@ def _worlds(document: Document) -> dict[str, str]:
             ],
         ),
         "examples": table.markdown(table.EXAMPLE_COLUMNS, table.example_rows(found)),
+        "worlds-short": table.markdown(table.SHORT_COLUMNS, table.short_rows(found)),
         "plain": table.markdown(table.PLAIN_COLUMNS, table.plain_rows(found)),
     }
 

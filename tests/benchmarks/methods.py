@@ -39,6 +39,8 @@ REPAIRS = 10
 ONE_PROCESS = 0
 """For the size of a world: a property without one."""
 ORDINARY_TESTS = 1_000
+SHORT_TESTS = 3
+"""In the shortest sessions that use torch: in worlds of `TARGET_SIZE`, and in one process."""
 
 IMPORT_SCRIPT = """\
 import json, pathlib, sys, time
@@ -58,9 +60,11 @@ class Case:
     method: str
     """How: one of the names above."""
     workload: str
-    """The world's work (a name in `workloads.WORKLOADS`), or `ordinary`: tests without a world."""
+    """The world's work (a name in `workloads.WORKLOADS`), `ordinary`: tests without a world, or
+    `short`: a whole session of a few tests that use torch."""
     size: int
-    """The number of ranks; the number of tests in the session where the workload is `ordinary`."""
+    """The number of ranks; the number of tests in the session where the workload is `ordinary` or
+    `short`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ def cases(sizes: list[int], session_runs: int, *, peers_only: bool = False) -> l
         ),
         *(Case(GIVEN, "examples", size) for size in (ONE_PROCESS, 1, TARGET_SIZE)),
         Case(REPAIR, "examples", TARGET_SIZE),
+        *[Case(method, "short", SHORT_TESTS) for method in (WITHOUT, FRESH)] * session_runs,
         *[Case(method, "ordinary", ORDINARY_TESTS) for method in switches] * session_runs,
         *[Case(method, "ordinary", START_TESTS) for method in (*switches, IMPORT)] * session_runs,
     ]
@@ -117,6 +122,8 @@ def measure(case: Case, worlds: int, spawn_tests: int) -> Timing:
         if case.method == IMPORT:
             processes.run([sys.executable, "-c", IMPORT_SCRIPT], scratch)
             return _read_timing(scratch)
+        if case.workload == "short":
+            return _measure_short(scratch, case)
         if case.method in SWITCHES:
             return _measure_ordinary(scratch, case)
         if case.method in (GIVEN, REPAIR):
@@ -165,6 +172,16 @@ def _measure_ordinary(scratch: Path, case: Case) -> Timing:
     suite = suites.plain_suite(case.size)
     times, wall_ms = _run_session(scratch, suite, case.size, SWITCHES[case.method])
     return Timing(each_ms=[wall_ms], notes={"torch_imported": times.torch_imported})
+
+
+def _measure_short(scratch: Path, case: Case) -> Timing:
+    """The timing of one whole session of tests that use torch, in worlds or in one process."""
+    is_in_worlds = case.method == FRESH
+    suite = suites.short_suite(TARGET_SIZE if is_in_worlds else 0, case.size)
+    _, wall_ms = _run_session(
+        scratch, suite, case.size, SWITCHES[WITH if is_in_worlds else WITHOUT]
+    )
+    return Timing(each_ms=[wall_ms])
 
 
 def _run_session(

@@ -96,6 +96,22 @@ def test_repairs(number, world, x):
 """
 
 
+SHORT = """\
+import pytest
+import torch
+import torch.distributed as dist
+
+
+{marker}
+@pytest.mark.parametrize("number", range({tests}))
+def test_sum(number):
+    tensor = torch.ones(4)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    assert tensor.tolist() == [float({sum})] * 4
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class SessionTimes:
     """The times that one session's conftest wrote."""
@@ -137,6 +153,12 @@ def example_suite(size: int, tests: int, examples: int) -> str:
 def repair_suite(size: int, tests: int, examples: int) -> str:
     """The test file of a property, run `tests` times over; each example loses a rank. Pure."""
     return REPAIRS.format(size=size, tests=tests, examples=examples)
+
+
+def short_suite(size: int, tests: int) -> str:
+    """The test file of a few tests that use torch; in no world when `size` is 0. Pure."""
+    marker = f"@pytest.mark.world_size({size})" if size else ""
+    return SHORT.format(marker=marker, tests=tests, sum=size or 1)
 
 
 def plain_suite(tests: int) -> str:

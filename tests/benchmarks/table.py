@@ -124,7 +124,7 @@ WORLD_COLUMNS = (
 
 def world_rows(found: Medians) -> Rows:
     """One row for each size and workload; times are ms for one test or world."""
-    others = ("ordinary", "examples")
+    others = ("ordinary", "examples", "short")
     keys = sorted({(case.workload, case.size) for case in found if case.workload not in others})
     return [_world_row(found, workload, size) for workload, size in keys]
 
@@ -162,6 +162,24 @@ def _plain_row(found: Medians, tests: int) -> list[str]:
         _number(None if added_ms is None or tests == START_TESTS else added_ms / tests, digits=3),
         _spread(found.get(Case(IMPORT, "ordinary", tests))),
     ]
+
+
+SHORT_COLUMNS = (
+    "tests that use torch",
+    "session in one process",
+    f"in worlds of {TARGET_SIZE}",
+    "added",
+)
+
+
+def short_rows(found: Medians) -> Rows:
+    """One row for each length of a session of tests that use torch; ms for the session."""
+    rows = []
+    for tests in sorted({case.size for case in found if case.workload == "short"}):
+        plain, ours = (found.get(Case(method, "short", tests)) for method in (WITHOUT, FRESH))
+        added_ms = ours.ms - plain.ms if ours is not None and plain is not None else None
+        rows.append([str(tests), _spread(plain), _spread(ours), _number(added_ms)])
+    return rows
 
 
 EXAMPLE_COLUMNS = ("@given in", "an example", "added")
