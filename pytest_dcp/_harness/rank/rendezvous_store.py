@@ -25,7 +25,7 @@ LONGEST_PAUSE_S = 0.01
 """As `FileStore`."""
 
 
-_kept: list[RendezvousStore] = []
+_stores_in_use: list[RendezvousStore] = []
 """A store that only C++ still has would lose the methods that Python defines."""
 
 
@@ -36,7 +36,7 @@ class RendezvousStore(dist.Store):  # type: ignore[name-defined,misc]  # public,
         super().__init__()
         self._path, self._size = path, size
         self._file: Any = dist.FileStore(path, size)  # type: ignore[attr-defined]  # as above
-        _kept.append(self)
+        _stores_in_use.append(self)
 
     def get(self, key: str) -> bytes:
         """The value of a key; waits for it. Raises `DistStoreError` after the store's timeout."""

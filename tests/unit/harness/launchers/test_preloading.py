@@ -38,7 +38,7 @@ def test_a_suite_of_collectives_waits_for_torch_only(tmp_path: Path) -> None:
         "step = torch.compile(step)",
     ],
 )
-def test_a_suite_that_names_what_imports_more_gets_it_at_once(tmp_path: Path, text: str) -> None:
+def test_a_suite_with_dtensors_or_optimizers_waits_for_more(tmp_path: Path, text: str) -> None:
     test = module_of(tmp_path / "suite" / "test_step.py", text)
     assert modules_to_import({"test_step": test}, tmp_path / "suite") == (*PRELOAD, *LAZY)
 
