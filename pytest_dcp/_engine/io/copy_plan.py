@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ from pytest_dcp._engine.plan.boxes import (
 )
 from pytest_dcp._engine.plan.columns import ReadItems
 from pytest_dcp._engine.plan.index import Index
-from pytest_dcp._engine.plan.shards import require_memory
+from pytest_dcp._engine.plan.shards import PLAIN, require_memory
 from pytest_dcp.errors import PlanError
 
 
@@ -100,28 +101,21 @@ class Copies:
         return len(self.row)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Memory:
-    """The targets' own memory, looked up in one pass: there are thousands of tensors, and a second
-    pass would miss the CPU cache.
-    """
+    """The targets' own memory, as columns."""
 
-    def __init__(self) -> None:
-        self.shapes: list[Sequence[int]] = []
-        self.strides: list[Sequence[int]] = []
-        """In elements."""
-        self.dtypes: list[torch.dtype] = []
-        self.plain: list[bool] = []
-        """Whether it is CPU memory that holds the values directly."""
-        self.addresses: list[int] = []
-        """0 where it is not plain."""
-
-    def add(self, tensor: torch.Tensor) -> None:
-        plain = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
-        self.shapes.append(tensor.shape)
-        self.strides.append(tensor.stride())
-        self.dtypes.append(tensor.dtype)
-        self.plain.append(plain)
-        self.addresses.append(tensor.data_ptr() if plain else 0)
+    shapes: Sequence[Sequence[int]]
+    strides: Sequence[Sequence[int]]
+    """In elements."""
+    dtypes: Sequence[torch.dtype]
+    addresses: Ints
+    """0 where it is not CPU memory that holds the values directly."""
+    first: Ints
+    """Elements before the tensor in its storage."""
+    storage_bytes: Ints
+    plain: NDArray[np.bool_]
+    """Whether it is CPU memory that holds the values directly."""
 
 
 def copies(
@@ -137,20 +131,20 @@ def copies(
     dtypes = [p.dtype for p in index.properties]
     itemsize = index.itemsize[index.key_of[entry]]
     stored_shape = widen_table(index.shape[entry][:, :width], width, 1)
-    _check_inside(items, rows, stored_shape, pad_rows(memory.shapes, width, 1))
+    room, to_stride = pad_rows(memory.shapes, width, 1), pad_rows(memory.strides, width, 0)
+    _check_memory(items, targets, memory, room, to_stride)
+    _check_inside(items, rows, stored_shape, room)
     from_stride = strides_of(stored_shape) * itemsize[:, None]
     for n, odd in _rows_with_odd_strides(entry, odd_strides):
         from_stride[n, : len(odd)] = odd
-    to_stride = pad_rows(memory.strides, width, 0)
-    address, plain = np.array(memory.addresses, dtype=np.int64), np.array(memory.plain, dtype=bool)
     _check_apart(items, rows, shape, to_stride)
     to_stride = to_stride * itemsize[:, None]
     stored = [dtypes[n] for n in index.property_of[index.key_of[entry]].tolist()]
-    same = np.array([a == b for a, b in zip(stored, memory.dtypes, strict=True)], dtype=bool)
+    same = np.array([a is b for a, b in zip(stored, memory.dtypes, strict=True)], dtype=bool)
     # One run on both sides: it can be read straight into the target's memory.
-    flat = plain & same & _row_major(shape, from_stride, itemsize)
+    flat = memory.plain & same & _row_major(shape, from_stride, itemsize)
     flat &= _row_major(shape, to_stride, itemsize)
-    moved = address + (items.to_offset[rows] * to_stride).sum(axis=1, dtype=np.int64)
+    moved = memory.addresses + (items.to_offset[rows] * to_stride).sum(axis=1, dtype=np.int64)
     return Copies(
         row=rows,
         entry=entry,
@@ -158,7 +152,7 @@ def copies(
         from_stride=from_stride,
         from_start=(items.from_offset[rows] * from_stride).sum(axis=1, dtype=np.int64),
         to_stride=to_stride,
-        address=np.where(plain & same, moved, 0),
+        address=np.where(memory.plain & same, moved, 0),
         nbytes=volumes(shape) * itemsize,
         flat=flat,
         target=targets.tensors,
@@ -166,11 +160,52 @@ def copies(
 
 
 def _memory_of(items: ReadItems, targets: Targets) -> _Memory:
+    """The memory of all targets, in one pass: there are thousands of tensors, and a second pass
+    would miss the CPU cache.
+    """
     # The table has all targets before any address is taken: getting one may move another's memory.
-    memory, fqns = _Memory(), items.fqns
-    for row, tensor in zip(targets.rows.tolist(), targets.tensors, strict=True):
-        memory.add(require_memory(fqns[row], tensor))
-    return memory
+    looked_up = [
+        (
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            tensor.data_ptr(),
+            tensor.storage_offset(),
+            tensor.untyped_storage().nbytes(),
+        )
+        if type(tensor) in PLAIN and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+        else _of_unusual(items.fqns[row], tensor)
+        for row, tensor in zip(targets.rows.tolist(), targets.tensors, strict=True)
+    ]
+    shapes, strides, dtypes, *numbers = zip(*looked_up, strict=True) if looked_up else ((),) * 6
+    addresses, first, storage_bytes = (np.array(column, dtype=np.int64) for column in numbers)
+    return _Memory(
+        shapes, strides, dtypes, addresses, first, storage_bytes, plain=storage_bytes >= 0
+    )
+
+
+def _of_unusual(fqn: str, tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Like a row of the table, for any tensor: checked here; -1 bytes if it is not plain."""
+    require_memory(fqn, tensor)
+    shape, strides, dtype = tensor.shape, tensor.stride(), tensor.dtype
+    if not tensor.is_cpu or tensor.is_conj() or tensor.is_neg():
+        return shape, strides, dtype, 0, 0, -1
+    storage_bytes = tensor.untyped_storage().nbytes()
+    return shape, strides, dtype, tensor.data_ptr(), tensor.storage_offset(), storage_bytes
+
+
+def _check_memory(
+    items: ReadItems, targets: Targets, memory: _Memory, room: Ints, to_stride: Ints
+) -> None:
+    """Raise PlanError, as `require_memory` does, for a tensor whose storage is too small.
+
+    room, to_stride: shapes and strides of the tensors, padded.
+    """
+    itemsize = np.fromiter((d.itemsize for d in memory.dtypes), np.int64, len(memory.dtypes))
+    last = memory.first + 1 + ((room - 1) * to_stride).sum(axis=1, dtype=np.int64)
+    bad = (last * itemsize > memory.storage_bytes) | (memory.addresses == 0)
+    for n in np.flatnonzero(bad & memory.plain).tolist():  # An empty tensor may be among them.
+        require_memory(items.fqns[targets.rows[n]], targets.tensors[n])
 
 
 def _rows_with_odd_strides(
