@@ -8,7 +8,8 @@ Each case forks a world of four gloo ranks on the CPU (one thread each), prepare
 runs every method once and compares the loaded or saved bits; then each round runs every method
 once, in turn. A time is that of the slowest rank between two barriers; the memory that is loaded
 into has been touched before. Figures are medians, and only ratios within one run mean anything.
-Files are in the page cache. A target that is missed is reported and is no failure.
+Files are in the page cache, except in the cases called cold. A target that is missed is reported
+and is no failure.
 
 `--quick` takes a sixteenth of every state, and one round: it shows that everything runs, and its
 ratios mean little. Planning at 1,024 ranks is timed for torch only with `--full`: it takes minutes.

@@ -61,6 +61,8 @@ class Case:
     """The layout that is loaded."""
     sync: bool = True
     overwrite: bool = False
+    cold: bool = False
+    """Whether the files are dropped from the page cache before each method."""
     ranks: int = 4
     """Of the world; for plans, the number of simulated ranks."""
 
@@ -116,6 +118,17 @@ def _loads(place: str) -> list[Case]:
         case("Shard(0) to Shard(1)", (_faster(across), NO_WASTE), NO_RAW, wanted=SHARD_1),
         case("small 8 kB", (_faster(40), raw), ALL, state="tiny", **small),
         case("small 0.4-16 kB", (_faster(40), raw), ALL, state="assorted", **small),
+    ]
+
+
+def _cold() -> list[Case]:
+    goals = (_faster(None), Goal(None, over=OURS, under=RAW))
+    methods = (OURS, TORCH, RAW)
+    return [
+        Case("load cold, same 4-16 MB", "load", goals, methods, cold=True),
+        Case(
+            "load cold, unsharded to Shard(0)", "load", goals, methods, saved=UNSHARDED, cold=True
+        ),
     ]
 
 
@@ -196,4 +209,4 @@ def _metadata() -> list[Case]:
 def cases() -> list[Case]:
     """Every case in running order; cases that read the same checkpoint are adjacent."""
     placed = [case for place in PLACES for case in (*_loads(place), *_checks(place))]
-    return [*placed, *_saves(), *_async(), *_memory(), *_metadata()]
+    return [*placed, *_cold(), *_saves(), *_async(), *_memory(), *_metadata()]

@@ -96,13 +96,29 @@ class Moves:
             steps[RAW] = peers.raw_reader(reads, self.folder / "ours")
         steps = {name: steps[name] for name in self.methods}
         self.compare(steps, target)
-        answer = self.measured(steps, lambda _: None)
+        self.drop_files()
+        answer = self.measured(steps, lambda _: self.drop_files())
         needed = self.world.total(reports[-1].bytes_needed)
         read = self.world.total(reports[-1].bytes_read)
         answer["notes"] |= {READ_RATIO: read / needed, "bytes needed": needed, "bytes read": read}
         verified = self.world.total(reports[-1].bytes_verified)
         answer["notes"]["bytes verified / read"] = verified / max(read, 1)
         return answer
+
+    def drop_files(self) -> None:
+        """The files are on the disk only, where the case reads them cold. Collective."""
+        if not self.case.cold:
+            return
+        self.world.barrier()
+        if self.world.rank == 0:
+            for path in self.folder.rglob("*"):
+                if path.is_file():
+                    descriptor = os.open(path, os.O_RDONLY)
+                    # Pages that have not been written back would stay.
+                    os.fsync(descriptor)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.close(descriptor)
+        self.world.barrier()
 
     def verify(self) -> Answer:
         """Load with each degree of verification."""
