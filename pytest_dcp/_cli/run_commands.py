@@ -22,7 +22,7 @@ from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.retention import BestSteps, RetentionPolicy
 from pytest_dcp._engine.steps.run_lock import RunLock
 from pytest_dcp._engine.steps.run_place import RunPlace
-from pytest_dcp._engine.steps.step_folders import step_name
+from pytest_dcp._engine.steps.step_names import step_name
 
 Run = Annotated[str, typer.Argument(help="The folder, or URL, with the folders of the steps.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show it, and change nothing.")]

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pytest_dcp._engine.io.disk import Disk, In, Out
@@ -36,6 +37,12 @@ class Folder:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    def below(self, name: str) -> Folder:
+        """The folder of this name in it."""
+        path = self.path
+        is_path = isinstance(path, Path)
+        return Folder(self.disk, path / name if is_path else f"{str(path).rstrip('/')}/{name}")
 
     def make(self) -> Sequence[Any]:
         """Make the folder and its missing parents; returns the folders to sync, innermost first."""

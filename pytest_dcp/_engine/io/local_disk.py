@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pytest_dcp._engine import operating_system
+from pytest_dcp._engine.format.shared_names import SHARED_FOLDER, missing_file, own_name
 from pytest_dcp._engine.io.disk import In, Out
 from pytest_dcp._engine.io.lease import hold_lease, wait_for_leases
 from pytest_dcp._engine.io.local_file import (
@@ -111,7 +112,11 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def open(self, folder: Path, name: str) -> Iterator[In]:
-        fd = _open_inside(folder, name, follow_links=self.follow_links)
+        own = own_name(name)
+        if own is None:
+            fd = _open_inside(folder, name, follow_links=self.follow_links)
+        else:
+            fd = _open_shared(folder, name, own, follow_links=self.follow_links)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
@@ -200,6 +205,19 @@ def _open_inside(folder: Path, name: str, *, follow_links: bool) -> int:
                 text = f"no plain file: {error.strerror}"
             raise CheckpointCorruptError(text, file=name) from error
         raise
+
+
+def _open_shared(folder: Path, name: str, own: str, *, follow_links: bool) -> int:
+    """A descriptor of a file that the steps of a run share, in the folder beside theirs."""
+    beside = Path(os.path.realpath(folder)).parent / SHARED_FOLDER
+    if beside.is_symlink() and not follow_links:
+        raise CheckpointCorruptError(
+            f"{beside} is a link, and no folder of shared files", file=name
+        )
+    try:
+        return _open_inside(beside, own, follow_links=follow_links)
+    except FileNotFoundError as error:
+        raise missing_file(name, beside / own) from error
 
 
 def _check_way_out(name: str, real: str, *, follow_links: bool) -> None:

@@ -12,9 +12,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pytest_dcp._engine.format.shared_names import SHARED_FOLDER, missing_file, own_name
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.disk import Buffer, In, Out
 from pytest_dcp._engine.io.stream_disk import StreamOut
+from pytest_dcp.errors import CheckpointCorruptError
 
 ONE_PUT_BYTES = 16 << 20
 """Data files up to this size are put in one request. Longer ones are held in memory up to this
@@ -77,6 +79,8 @@ class ObjectDisk:
     @contextlib.contextmanager
     def open(self, folder: str, name: str) -> Iterator[In]:
         path = self._path(folder, name)
+        if own_name(name) is not None and not is_there(self.fs, path):
+            raise missing_file(name, path)
         if name.endswith(METADATA):
             # The only kind of file that another save replaces: read in one request, it is one
             # save's.
@@ -116,7 +120,18 @@ class ObjectDisk:
         return self.path_of.get(folder, folder).rstrip("/")
 
     def _path(self, folder: str, name: str) -> str:
-        return f"{self._folder(folder)}/{name}"
+        own, path = own_name(name), self._folder(folder)
+        if own is None:
+            return f"{path}/{name}"
+        # A store takes ".." literally.
+        run, slash, _ = path.rpartition("/")
+        if not slash:
+            raise CheckpointCorruptError(
+                f"the files that steps of a run share are beside a step's folder, and {path} has "
+                "nothing beside it",
+                file=name,
+            )
+        return f"{run}/{SHARED_FOLDER}/{own}"
 
     def _look_anew(self, folder: str) -> None:
         self.fs.invalidate_cache(self._folder(folder))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
+from pytest_dcp._engine.format.shared_names import why_missing
 from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.folder import Folder
@@ -124,7 +125,7 @@ def _read_part(request: CopyRequest, rows: Ints, stop: StopFlag) -> ByteCounts:
     except FileNotFoundError as error:
         key = catalog.index.key_of[copies.entry[rows[0]]]
         raise CheckpointFileMissingError(
-            "the data file is missing", file=name, entry=catalog.index.fqns[key]
+            f"the data file is missing{why_missing(name)}", file=name, entry=catalog.index.fqns[key]
         ) from error
 
 
@@ -323,7 +324,9 @@ def _visit_values(
                     _check_inside(reader, row)
                 visit(reader, rows)
         except FileNotFoundError as error:
-            raise CheckpointFileMissingError("the data file is missing", file=name) from error
+            raise CheckpointFileMissingError(
+                f"the data file is missing{why_missing(name)}", file=name
+            ) from error
 
 
 def _check_inside(reader: RangeReader, row: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
+from pytest_dcp._engine.format.shared_names import why_missing
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.transformed_entries import ROOM_BYTES, read_at_most, tensor_in
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
@@ -57,7 +58,9 @@ def read_streams(
                     observer.advance(len(entry))
                     _deliver(item, entry, planner)
         except FileNotFoundError as error:
-            raise CheckpointFileMissingError("the data file is missing", file=name) from error
+            raise CheckpointFileMissingError(
+                f"the data file is missing{why_missing(name)}", file=name
+            ) from error
     return total
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pytest_dcp._engine.format.shared_names import why_missing
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
 from pytest_dcp._engine.lazy_reading.open_checkpoint import OpenCheckpoint
 from pytest_dcp._engine.lazy_reading.tensor_slabs import iterate_slabs
@@ -59,7 +60,7 @@ def verify_checkpoint(
     report: called with each name before it is read.
     """
     problems = [
-        FoundProblem(None, f"the data file {file!r} is missing")
+        FoundProblem(None, f"the data file {file!r} is missing{why_missing(file)}")
         for file in checkpoint.missing_files
     ]
     unchecked = 0

@@ -1,11 +1,12 @@
-"""What crashed saves and removals have left in a run's folder: found, and removed at a wish.
+"""Leftovers of crashed saves and removals in a run's folder: found, and removed at a wish.
 
 Never touched: a folder with an index, whole or damaged, but for notes of a removal that a crash
 ended before it began; files and folders that are not this package's; and all, if no step of the run
 is whole, since a lost index might then be all that a user looks for.
 
 Assumes that no job saves in the folder: a save that runs looks like one that has crashed. The
-run's lock makes sure of it in local folders; an object store has none.
+run's lock makes sure of it in local folders; an object store has none. There an incremental save
+enters a ledger (`shared_files`), and is left alone, crashed or not: the next save ends it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from pytest_dcp._engine.format.shared_names import SHARED_FOLDER
 from pytest_dcp._engine.io.commit import LEFT_OVER, METADATA, OURS
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.steps.known_steps import ASIDE, KnownSteps
-from pytest_dcp._engine.steps.step_folders import LATEST, NOTES, REMOVAL, step_name
+from pytest_dcp._engine.steps.step_folders import LATEST, NOTES, REMOVAL, StepFolders
+from pytest_dcp._engine.steps.step_names import step_name
+from pytest_dcp._engine.steps.unnamed_files import find_unnamed_files, step_being_saved
 from pytest_dcp.errors import CheckpointCorruptError
 
 LeftoverKind = Literal["save", "removal", "quarantined", "file"]
@@ -46,7 +50,7 @@ class Leftover:
 
 
 def find_leftovers(steps: KnownSteps, *, quarantined: bool = False) -> list[Leftover]:
-    """What a crash has left; quarantined: and the folders that saves have moved aside."""
+    """The leftovers of crashes; quarantined: and the folders that saves have moved aside."""
     return [leftover for leftover, _ in _search(steps, quarantined=quarantined)]
 
 
@@ -74,16 +78,18 @@ def _search(
     if steps.find_latest()[0] is None:
         return
     folders = steps.folders
+    saved = step_being_saved(folders)
     for number in folders.numbers():
         folder = folders.folder(number)
         if folder.exists(METADATA):
             yield from _search_notes(folder, step_name(number))
             continue
-        if folders.is_gone(number) or find_foreign_names(folder):
+        if number == saved or folders.is_gone(number) or find_foreign_names(folder):
             continue
         kind: LeftoverKind = "removal" if folder.exists(REMOVAL) else "save"
         leftover = Leftover(step_name(number), kind, _count_bytes(folder, folder.names()))
         yield leftover, partial(steps.remove, number)
+    yield from _search_shared(folders)
     temporary = f"{LATEST}.tmp"
     if folders.root.exists(temporary):
         yield Leftover(temporary, "file", 0), partial(folders.root.remove, temporary)
@@ -98,6 +104,13 @@ def _search_notes(
         if name in STALE_NOTES:
             nbytes = _count_bytes(folder, [name])
             yield Leftover(f"{folder_name}/{name}", "file", nbytes), partial(folder.remove, name)
+
+
+def _search_shared(folders: StepFolders) -> Iterator[tuple[Leftover, Callable[[], object]]]:
+    shared = folders.root.below(SHARED_FOLDER)
+    for name in find_unnamed_files(folders):
+        leftover = Leftover(f"{SHARED_FOLDER}/{name}", "file", _count_bytes(shared, [name]))
+        yield leftover, partial(shared.remove, name)
 
 
 def _search_quarantine(root: Folder) -> Iterator[tuple[Leftover, Callable[[], object]]]:

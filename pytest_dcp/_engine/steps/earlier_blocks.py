@@ -5,9 +5,9 @@ strong hash are those of the new data. The checksums are compared one by one as 
 that the new step's index holds are true of its own data: should the earlier index lie about a
 hash, a load of the new step finds the difference.
 
-Rules inside: only files are considered that lie in the new step's folder already (the coordinator
-has linked them, see `incremental_writer`), are plain files of a save's own name there, and are long
-enough for every chunk that the earlier index places in them.
+Rules inside: only files are considered that are part of the new step already (the coordinator has
+linked them, or entered them in the ledger; see `file_sharing`), have names that a save makes, and
+are long enough for every chunk that the earlier index places in them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 from pytest_dcp._engine.format.block_hashes import BlockHashes
 from pytest_dcp._engine.format.catalog import BLOCK_BYTES, Catalog, EntryPlaces
 from pytest_dcp._engine.format.entry import tensor_frame
-from pytest_dcp._engine.io.commit import METADATA, OURS
+from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.steps.block_hash import Data, first_sum, sum_and_hash
+from pytest_dcp._engine.steps.file_sharing import FileSharing
 from pytest_dcp._engine.storages.folder_metadata import read_catalog, save_of
 from pytest_dcp.errors import CheckpointError
 
@@ -62,20 +63,23 @@ def needed_bytes(places: EntryPlaces) -> dict[str, int]:
     return dict(zip(places.files, needed.tolist(), strict=True))
 
 
-def linkable_files(places: EntryPlaces) -> dict[str, int]:
-    """The files of a step that another may link, and the bytes that each must have."""
-    return {name: size for name, size in needed_bytes(places).items() if OURS.fullmatch(name)}
+def shareable_files(places: EntryPlaces, sharing: FileSharing) -> dict[str, int]:
+    """The files of a step that another may share, and the bytes that each must have."""
+    needed = needed_bytes(places)
+    return {name: nbytes for name, nbytes in needed.items() if sharing.is_shareable(name)}
 
 
 class EarlierBlocks:
     """The chunks of an earlier step, found by their data."""
 
-    def __init__(self, catalog: Catalog, hashes: BlockHashes, folder: Folder) -> None:
-        """folder: of the new step; only files that it has are considered."""
+    def __init__(
+        self, catalog: Catalog, hashes: BlockHashes, folder: Folder, sharing: FileSharing
+    ) -> None:
+        """folder: of the new step; only files that can be opened from there are considered."""
         self._index = catalog.index
         self.places = catalog.places
         self.hashes = hashes
-        self.file_bytes = _sizes_in(folder, linkable_files(catalog.places))
+        self.file_bytes = _sizes_in(folder, shareable_files(catalog.places, sharing))
         """The sizes of the files that can be referred to."""
         self._rows = _rows_by_kind(catalog, hashes, self.file_bytes)
 

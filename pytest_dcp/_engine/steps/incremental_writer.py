@@ -1,6 +1,8 @@
-"""The writer of an incremental step: it links files of an earlier step with data as before.
+"""The writer of an incremental step: files of an earlier step become part of it.
 
-A step's folder stays a checkpoint of its own. Each data file of the earlier step that the new one
+In an object store the new index names them where they are, and a ledger says which step has which:
+see `file_sharing` and `shared_files`. The rest of this text is about a local file system, where a
+step's folder stays a checkpoint of its own. Each data file of the earlier step that the new one
 refers to gets a second name, a hard link, in the new folder, and the new index names it there. So
 
 - torch, `cp -r` and every reader see an ordinary checkpoint, and need no other folder;
@@ -35,9 +37,8 @@ and by a rank that lacks the coordinator's hash function.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import SerializationFormat
@@ -66,9 +67,11 @@ from pytest_dcp._engine.steps.block_matches import (
     join_columns,
     remaining_jobs,
 )
-from pytest_dcp._engine.steps.earlier_blocks import EarlierBlocks, EarlierStep, linkable_files
-from pytest_dcp._engine.steps.link_files import NoHardLinksError, link_files
+from pytest_dcp._engine.steps.earlier_blocks import EarlierBlocks, EarlierStep, shareable_files
+from pytest_dcp._engine.steps.file_sharing import FileSharing
+from pytest_dcp._engine.steps.link_files import NoHardLinksError
 from pytest_dcp._engine.storages.folder_writer import FileSystemWriter
+from pytest_dcp._engine.storages.storage_options import is_url
 from pytest_dcp.tracebacks import warn_caller
 
 
@@ -80,13 +83,19 @@ class IncrementalWriter(FileSystemWriter):
         path: str | os.PathLike[str],
         hash_name: str,
         earlier: EarlierStep | None,
+        sharing: FileSharing,
+        storage_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """hash_name: the function to hash with, the coordinator's best: see `block_hash`.
         earlier: the step to refer to, hashed with it; None: every block is written.
-        options: of `FileSystemWriter`.
+        sharing: how its files become part of the new one.
+        storage_options: of a URL's file system. options: of `FileSystemWriter`.
         """
         super().__init__(path, **options)
+        self.storage_options = dict(storage_options or {})
+        self._point_at(path)
+        self.sharing = sharing
         self.hash_name = hash_name
         self.earlier = earlier
         self._linked_names: list[str] = []
@@ -94,19 +103,25 @@ class IncrementalWriter(FileSystemWriter):
         self._spare_name = ""
         """The name of a file for blocks that are as before, but are written anew."""
 
+    def _point_at(self, checkpoint_id: str | os.PathLike[str]) -> None:
+        if not is_url(checkpoint_id):
+            super()._point_at(checkpoint_id)
+            return
+        from pytest_dcp._engine.storages.fsspec import open_filesystem
+
+        self.fs, self.path = open_filesystem(checkpoint_id, self.storage_options)
+
     # The coordinator's part, before and after the ranks have written.
 
     def _remove_leftovers(self, folder: Folder) -> None:
         super()._remove_leftovers(folder)
         self._linked_names = []
-        if self.earlier is None or not self.use_collectives:
+        if not self.use_collectives:
             return
-        index = self.earlier.read_index()
-        if index is None:
-            return
-        needed = linkable_files(index[0].places)
+        index = None if self.earlier is None else self.earlier.read_index()
+        needed = {} if index is None else shareable_files(index[0].places, self.sharing)
         try:
-            linked = link_files(needed, Path(self.earlier.folder.path), Path(self.path))
+            linked = self.sharing.begin_save(self._save_part, needed)
         except NoHardLinksError as error:
             warn_caller(f"{self.path} is saved in full: {error}")
             return
@@ -123,7 +138,8 @@ class IncrementalWriter(FileSystemWriter):
         for name in self._linked_names:
             if name not in used:
                 folder.remove(name)
-        refers = not used.isdisjoint(self._linked_names)
+        self.sharing.before_commit(self._save_part, used)
+        refers = any(self._save_part not in name for name in used)
         since_full = self.earlier.since_full + 1 if self.earlier is not None and refers else 0
         if digests.any():
             hashes = BlockHashes(self.hash_name, self.save_id, since_full, digests)
@@ -134,7 +150,16 @@ class IncrementalWriter(FileSystemWriter):
             # The other ranks get the metadata; they have no use for the hashes.
             vars(metadata).pop(ATTRIBUTE, None)
 
+    @property
+    def _save_part(self) -> str:
+        """The part of the names of this save's files that no other save's have."""
+        return self.save_id[:12]
+
     # Every rank's part.
+
+    def _data_namer(self, storage_data: Any) -> Callable[[int], str]:
+        name = super()._data_namer(storage_data)
+        return lambda number: self.sharing.name_of(name(number))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's blocks, except blocks of an earlier step."""
@@ -176,4 +201,4 @@ class IncrementalWriter(FileSystemWriter):
 
     def _open_earlier(self, folder: Folder) -> EarlierBlocks | None:
         index = None if self.earlier is None else self.earlier.read_index()
-        return None if index is None else EarlierBlocks(*index, folder)
+        return None if index is None else EarlierBlocks(*index, folder, self.sharing)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pytest_dcp._engine.format.catalog import EntryPlaces
+from pytest_dcp._engine.format.shared_names import why_missing
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.lazy_reading.lazy_values import LazyTensor
@@ -55,7 +56,7 @@ def _problem_of_files(folder: Folder, places: EntryPlaces) -> str | None:
             with folder.open(name) as file:
                 size = file.size
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{name} is missing{why_missing(name)}"
         if size < nbytes:
             return f"{name} has {size} bytes of at least {nbytes}"
     return None

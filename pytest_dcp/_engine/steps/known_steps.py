@@ -15,7 +15,7 @@ from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel, find_problem
 from pytest_dcp._engine.steps.retention import RetentionPolicy
 from pytest_dcp._engine.steps.run_place import RunPlace
-from pytest_dcp._engine.steps.step_folders import step_name
+from pytest_dcp._engine.steps.step_names import step_name
 from pytest_dcp.errors import CheckpointExistsError
 
 ASIDE = "not-whole"
@@ -50,7 +50,7 @@ class Step:
 
 
 class KnownSteps:
-    """What one process knows of a run's steps, beside the folders themselves."""
+    """One process's knowledge of a run's steps, beside the folders themselves."""
 
     def __init__(self, place: RunPlace, policy: RetentionPolicy, check: CheckLevel) -> None:
         self.place = place

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from pytest_dcp._engine.steps.export_step import ExportReport, export_step
-from pytest_dcp._engine.steps.increments import Increments, require_local
+from pytest_dcp._engine.steps.increments import Increments
 from pytest_dcp._engine.steps.inspect_step import CheckLevel, ListLevel
 from pytest_dcp._engine.steps.known_steps import KnownSteps, Step
 from pytest_dcp._engine.steps.load_step import LoadedStep, choose_latest, load_latest_step
@@ -68,8 +68,8 @@ class CheckpointManager:
         then is given up.
     storage_options: for the file system of a URL, such as {"endpoint_url": ...}.
     incremental: a step shares the data files of the newest whole one, where its data is as before:
-        unchanged data is neither written nor kept twice. Each step's folder stays a
-        checkpoint of its own. For local folders whose file system has hard links.
+        unchanged data is neither written nor kept twice. In a local folder, by hard links,
+        each step's folder stays a checkpoint of its own; in an object store `export` makes one.
     full_every: at least each save of this number is written in full, which bounds the cost of one
         damaged file; None: only where nothing is as before.
 
@@ -117,8 +117,6 @@ class CheckpointManager:
         alone = no_dist or not (dist.is_available() and dist.is_initialized())
         increments = Increments(full_every) if incremental else None
         steps = KnownSteps(place, self.policy, check)
-        if incremental:
-            require_local(steps)
         ranks = RunRanks(str(steps.folders), process_group, alone)
         self._run = OpenRun(steps, ranks, StopRequest(on_signal, grace_s), increments)
 

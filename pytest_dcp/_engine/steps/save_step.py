@@ -15,7 +15,9 @@ from pytest_dcp._engine.steps.increments import IncrementPlan, require_no_writer
 from pytest_dcp._engine.steps.open_run import OpenRun
 from pytest_dcp._engine.steps.retention import BestSteps, require_count
 from pytest_dcp._engine.steps.running_save import RunningSave
-from pytest_dcp._engine.steps.step_folders import LAST_STEP, MOST_NOTES_BYTES, StepNotes
+from pytest_dcp._engine.steps.small_files import MOST_NOTES_BYTES
+from pytest_dcp._engine.steps.step_folders import StepNotes
+from pytest_dcp._engine.steps.step_names import LAST_STEP
 from pytest_dcp._engine.verbs.save import save
 from pytest_dcp.errors import CheckpointError, SaveAbandonedError
 from pytest_dcp.tracebacks import warn_caller
@@ -110,6 +112,7 @@ def _begin(
     run.steps.forget(step)
     target = run.arguments_for(step, keywords)
     if increments is not None and plan is not None:
+        target.pop("storage_options", None)  # the writer has them
         target["storage_writer"] = increments.writer(run.steps, step, plan)
     return target
 
@@ -120,7 +123,9 @@ def _end(run: OpenRun, step: int) -> None:
         return
     try:
         run.steps.folders.note_end(step)
-    except OSError as error:
+        if run.increments is not None:
+            run.increments.end(run.steps, step)
+    except (OSError, CheckpointError) as error:
         warn_caller(f"step {step} is saved, but {run} is not noted so: {error}")
     if run.policy.keep_last is None:
         return

@@ -4,6 +4,8 @@
     run/step-00000100/step.json              its metrics and time, written before the save commits
     run/step-00000100/removal.json           its removal has begun, of these files
     run/latest.json                          the newest step that was saved
+    run/shared-data/*.distcp                 data of incremental steps in a store: `shared_files`
+    run/shared-data.metadata
 
 A step is there from the moment at which its `.metadata` is, and gone when that is removed: nothing
 else decides. A removal first writes `removal.json`, then removes `.metadata`, then the other files,
@@ -23,7 +25,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,29 +35,16 @@ from typing import Any
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.io.local_disk import LocalDisk
+from pytest_dcp._engine.steps.shared_files import SharedFiles
+from pytest_dcp._engine.steps.small_files import read_small, write_small
+from pytest_dcp._engine.steps.step_names import LAST_STEP, number_of, step_name
 from pytest_dcp._engine.storages.folder_metadata import files_named
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
+from pytest_dcp.errors import CheckpointError
 
-STEP_NAME = re.compile(r"step-(\d{1,18})")
-LAST_STEP = 10**18 - 1
-"""Of at most 18 digits, as `STEP_NAME` reads."""
 NOTES = "step.json"
 REMOVAL = "removal.json"
 LATEST = "latest.json"
-MOST_NOTES_BYTES = 1 << 20
 DISK_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
-
-
-def step_name(step: int) -> str:
-    """The folder's name; eight digits sort like numbers in a shell."""
-    return f"step-{step:08d}"
-
-
-def number_of(name: str) -> int | None:
-    """The step of a folder's name; None for a stranger's, as step-7 is."""
-    match = STEP_NAME.fullmatch(name)
-    step = int(match[1]) if match else -1
-    return step if step >= 0 and step_name(step) == name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +102,11 @@ class StepFolders:
 
     def folder(self, step: int) -> Folder:
         """The step's folder."""
-        return self._below(step_name(step))
+        return self.root.below(step_name(step))
+
+    def shared_files(self, step: int) -> SharedFiles:
+        """The files that the step may share with others, in an object store."""
+        return SharedFiles(self.root, step)
 
     def numbers(self) -> list[int]:
         """All steps of which there is a folder, ascending: whole or not."""
@@ -164,6 +156,7 @@ class StepFolders:
             folder.sync()
         else:
             unlisted = _files_of_removal(folder)
+        self.shared_files(step).remove_step()
         for name in sorted({*folder.names(), *unlisted} - {REMOVAL}):
             folder.remove(name)
         folder.remove(REMOVAL)
@@ -171,11 +164,6 @@ class StepFolders:
             with suppress(OSError):  # a stranger's folder in it, or another job is there already
                 _remove_folder(Path(folder.path))
         self.root.sync()
-
-    def _below(self, name: str) -> Folder:
-        path = self.root.path
-        below = path / name if isinstance(path, Path) else f"{str(path).rstrip('/')}/{name}"
-        return Folder(self.root.disk, below)
 
     def _latest(self) -> set[int]:
         with suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -238,24 +226,3 @@ def _files_of_removal(folder: Folder) -> list[str]:
 def _is_plain_name(name: str) -> bool:
     """Whether a file of this name is in the folder itself."""
     return name not in ("", ".", "..") and "/" not in name
-
-
-def write_small(folder: Folder, name: str, content: bytes) -> None:
-    """Replace a small file in one step, durably."""
-    temporary = f"{name}.tmp" if folder.disk.renames else name
-    with folder.create(temporary) as out:
-        out.write([content])
-        out.sync()
-    if temporary != name:
-        folder.replace(temporary, name)
-        folder.sync()
-
-
-def read_small(folder: Folder, name: str) -> bytes:
-    """The bytes of a small file; none if it is missing, or no file of ours: too large, a folder."""
-    with suppress(FileNotFoundError, CheckpointCorruptError), folder.open(name) as file:
-        if file.size <= MOST_NOTES_BYTES:
-            content = bytearray(file.size)
-            count = file.read_into(0, memoryview(content))
-            return bytes(content[:count])
-    return b""

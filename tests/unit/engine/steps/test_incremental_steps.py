@@ -13,7 +13,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 
+from pytest_dcp._engine.io.folder import Folder
+from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.steps import block_hash, block_matches, incremental_writer, increments
+from pytest_dcp._engine.steps.file_sharing import Linking
 from support.incremental_runs import (
     SHARED,
     assert_holds,
@@ -291,7 +294,8 @@ def test_measures_tell_own_bytes_from_shared_ones(root: Path) -> None:
 
 
 def test_a_writer_can_be_sent_to_another_process(root: Path) -> None:
-    writer = incremental_writer.IncrementalWriter(root, "sha256", None)
+    sharing = Linking(None, Folder(LocalDisk(), root))
+    writer = incremental_writer.IncrementalWriter(root, "sha256", None, sharing)
     assert pickle.loads(pickle.dumps(writer)).hash_name == "sha256"
 
 
