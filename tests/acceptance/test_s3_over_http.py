@@ -420,3 +420,21 @@ def test_storage_options_reach_every_command(
     ]:
         assert main([*words, *flags]) == code, (words, capsys.readouterr())
     assert "step-2: w" in capsys.readouterr().out
+
+
+def test_incremental_steps_share_files(url: str) -> None:
+    frozen = torch.arange(100_000.0)
+    with CheckpointManager(url, incremental=True, keep_last=2, no_dist=True) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, state_of(step) | {"frozen": frozen})
+        state = blank() | {"frozen": torch.zeros(100_000)}
+        loaded = manager.load_latest(state)
+        assert loaded is not None
+        assert (loaded.number, state["step"]) == (3, 3)
+        assert torch.equal(state["frozen"], frozen)
+        assert [step.checked for step in manager.steps(check="checksums")] == ["checksums"] * 2
+        second, third = manager.measure()
+    assert second.own_nbytes + third.own_nbytes < frozen.nbytes < third.nbytes
+    assert main(["verify", f"{url}/step-00000003"]) == 0
+    assert main(["diff", f"{url}/step-00000002", f"{url}/step-00000002"]) == 0
+    assert main(["gc", url, "--idle"]) == 0
