@@ -217,19 +217,22 @@ class Save:
     def _save_together(self, team: Team) -> Metadata:
         with self.phases.phase("plan", planning=True):
             answer = self._agree_on_plan(team)
-        comparison = self.comparison
 
+        # These functions hold the save and nothing of it: frames of a failure may keep them, and
+        # what the save holds of the state must not be kept.
         def write() -> tuple[Any, Sums | None, bool]:
             with self.phases.phase("write"):
                 plan = self.exchange.accept(answer)
                 # Before the write, after which the caller may change what was not copied.
-                sums = comparison.sums(self._local_plan(), answer.checks)
+                sums = self.comparison.sums(self._local_plan(), answer.checks)
                 results = compress_results(self._write(plan), plan)
                 return results, sums, self.request.unstaged is None
 
         def commit(rank_values: list[tuple[Any, Sums | None, bool]]) -> Any:
             unchanged = all(unchanged for *_, unchanged in rank_values)
-            dispute = comparison.dispute([sums for _, sums, _ in rank_values], unchanged=unchanged)
+            dispute = self.comparison.dispute(
+                [sums for _, sums, _ in rank_values], unchanged=unchanged
+            )
             if dispute is not None:
                 return dispute
             results = [
@@ -246,21 +249,20 @@ class Save:
 
         outcome = team.all_reduce("write", write, commit)
         if isinstance(outcome, Dispute):
-            comparison.settle(team, self._local_plan(), outcome)
+            self.comparison.settle(team, self._local_plan(), outcome)
         if team.is_coordinator:
             return self._require_metadata()
         return self.exchange.read_metadata(outcome)
 
     def _agree_on_plan(self, team: Team) -> PlanAnswer:
         """The coordinator's answer to this rank's plan, of which it may know the digest only."""
-        exchange = self.exchange
         answer = team.reduce_scatter(
-            "plan", lambda: exchange.offer(self._plan(team)), self._make_global_plan
+            "plan", lambda: self.exchange.offer(self._plan(team)), self._make_global_plan
         )
         if isinstance(answer, SendPlan):
             request = answer
             answer = team.reduce_scatter(
-                "plan", lambda: exchange.offer_again(request), self._make_global_plan
+                "plan", lambda: self.exchange.offer_again(request), self._make_global_plan
             )
         if isinstance(answer, SendPlan):
             raise ValueError("the coordinator asked twice for the ranks' plans")  # noqa: TRY004

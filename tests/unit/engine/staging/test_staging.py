@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
 import threading
 import warnings
 from concurrent.futures import Future
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import pytest_dcp.checkpoint as dcp
 from pytest_dcp._engine.background.state_transfer import pickle_state, ship_state, unpickle_state
 from pytest_dcp._engine.staging.buffer_pool import IDLE, Memory, Pool, shared_memory_of
 from pytest_dcp._engine.staging.stager import KEPT, KEPT_SHARED, stage_state
+from pytest_dcp._engine.storages import folder_writer
 from pytest_dcp.checkpoint.staging import (
     BlockingAsyncStager,
     DefaultStager,
@@ -396,19 +399,33 @@ def test_async_save_stages_into_the_memory_of_the_last_one(tmp_path: Path, given
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("how", AsyncCheckpointerType)
-def test_the_copy_is_free_when_its_future_is_done(how, fails, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "fails"),
+    [
+        *product(AsyncCheckpointerType, ["nowhere", "plan"]),
+        (
+            AsyncCheckpointerType.THREAD,
+            "write",
+        ),  # of a process, the rank sees the same as of a plan
+    ],
+)
+def test_the_copy_is_free_when_its_future_is_done(how, fails, tmp_path, monkeypatch):
     release_memory()
     pool = KEPT_SHARED if how is AsyncCheckpointerType.PROCESS else KEPT
     before, leased = pool._leased_bytes, []
-    target = tmp_path / "file" if fails else tmp_path / "ckpt"
-    if fails:
+    target = tmp_path / "ckpt"
+    if fails == "plan":
         target.write_bytes(b"in the way of the folder")
+    if fails == "write":
+        monkeypatch.setattr(folder_writer, "write_files", refuse)
     future: Any = dcp.async_save(
         {"w": torch.ones(100_000)}, checkpoint_id=target, no_dist=True, async_checkpointer_type=how
     )
     # Called in the thread of the save, before anybody who waits for the future can go on.
     future.add_done_callback(lambda _: leased.append(pool._leased_bytes - before))
-    assert (future.exception(60) is not None) == fails
+    assert (future.exception(60) is not None) == (fails != "nowhere")
     assert leased == [0]
+
+
+def refuse(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")

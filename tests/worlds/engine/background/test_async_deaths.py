@@ -119,8 +119,11 @@ def save_killed_before_it_meets(world: RankWorld, victim: int, folder: Path) -> 
 def test_a_rank_that_is_killed_before_it_meets_the_others_is_named(
     world: RankWorld, checkpoint_dir: Path, victim: int
 ) -> None:
-    """In the group's first operation, when no rank has the coordinator's address yet."""
-    assert "has ended" in save_killed_before_it_meets(world, victim, checkpoint_dir)
+    """In the group's first operation, when no rank has been connected to the coordinator yet.
+
+    The others see that its process has ended, or have its address, at which nothing answers.
+    """
+    assert "RankEndedError" in save_killed_before_it_meets(world, victim, checkpoint_dir)
 
 
 @pytest.mark.world_size(3)
