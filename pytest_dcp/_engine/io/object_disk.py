@@ -52,7 +52,7 @@ class ObjectDisk:
         return ()
 
     def names(self, folder: str) -> list[str]:
-        self._look_anew(folder)
+        self._look_anew(self._folder(folder))
         try:
             entries = self.fs.ls(self._folder(folder), detail=True)
         except FileNotFoundError:
@@ -61,8 +61,9 @@ class ObjectDisk:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in files)
 
     def exists(self, folder: str, name: str) -> bool:
-        self._look_anew(folder)
-        return is_there(self.fs, self._path(folder, name))
+        path = self._path(folder, name)
+        self._look_anew(path.rpartition("/")[0])
+        return is_there(self.fs, path)
 
     @contextlib.contextmanager
     def create(self, folder: str, name: str) -> Iterator[Out]:
@@ -79,15 +80,19 @@ class ObjectDisk:
     @contextlib.contextmanager
     def open(self, folder: str, name: str) -> Iterator[In]:
         path = self._path(folder, name)
-        if own_name(name) is not None and not is_there(self.fs, path):
-            raise missing_file(name, path)
         if name.endswith(METADATA):
             # The only kind of file that another save replaces: read in one request, it is one
             # save's.
             yield MemoryIn(self.fs.cat_file(path))
             return
-        self._look_anew(folder)
-        yield ObjectIn(self.fs, path)
+        self._look_anew(path.rpartition("/")[0])
+        try:
+            file = ObjectIn(self.fs, path)
+        except FileNotFoundError as error:
+            if own_name(name) is None:
+                raise
+            raise missing_file(name, path) from error
+        yield file
 
     def replace(self, folder: str, old: str, new: str) -> None:
         old_path, new_path = self._path(folder, old), self._path(folder, new)
@@ -133,8 +138,8 @@ class ObjectDisk:
             )
         return f"{run}/{SHARED_FOLDER}/{own}"
 
-    def _look_anew(self, folder: str) -> None:
-        self.fs.invalidate_cache(self._folder(folder))
+    def _look_anew(self, path: str) -> None:
+        self.fs.invalidate_cache(path)
 
 
 def is_there(fs: Any, path: str) -> bool:

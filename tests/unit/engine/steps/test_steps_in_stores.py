@@ -31,7 +31,7 @@ from pytest_dcp._engine.storages.folder_metadata import read_catalog
 from pytest_dcp.checkpoint import CheckpointManager
 from pytest_dcp.errors import CheckpointCorruptError, CheckpointError
 from support.incremental_runs import SHARED, assert_holds, blank_like, mostly_frozen
-from support.run_store import RUN, STORES, Crashed, StoreState
+from support.run_store import RUN, STORES, Crashed, RunStore, StoreState
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 IS_NIGHTLY = settings().max_examples >= 10_000
@@ -231,6 +231,29 @@ def test_gc_amid_a_save_leaves_its_files(
     assert_all_load(store)
 
 
+def test_gc_amid_a_save_keeps_files_of_an_earlier_step_that_is_gone_by_then(
+    store: StoreState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointManager(RUN, no_dist=True, storage_options=OPTIONS) as manager:
+        manager.save(
+            0, mostly_frozen(0)
+        )  # shares nothing, and without a whole step gc does nothing
+    save_to_store(1)
+    change = StoreState.change
+
+    def remove_earlier(state: StoreState, name: str, content: bytes | None) -> None:
+        if name == f"{BELOW}{step_name(2)}/{METADATA}":
+            monkeypatch.undo()
+            known_steps().remove(1)
+            assert remove_leftovers(known_steps()) == []
+        change(state, name, content)
+
+    monkeypatch.setattr(StoreState, "change", remove_earlier)
+    save_to_store(2)
+    assert steps_in(store) == [0, 2]
+    assert_all_load(store)
+
+
 def test_a_ledger_that_is_lost_costs_space_alone(store: StoreState) -> None:
     save_to_store(1, 2)
     for content in (None, b"{", b'{"names": ["../x"], "steps": {"1": [0]}, "saving": null}'):
@@ -369,3 +392,39 @@ def test_a_bucket_has_no_other_bucket_beside_it() -> None:
     disk = ObjectDisk(fsspec.filesystem("memory"), {})
     with pytest.raises(CheckpointCorruptError, match="nothing beside it"):
         disk.exists("bucket", shared_name("__0_0-a.distcp"))
+
+
+class CachingStore(RunStore):
+    """Remembers its listings until it is told to look anew, as s3fs does."""
+
+    protocol = "cachingrunstore"
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        folder = self._name(path)
+        if folder not in self.dircache:
+            self.dircache[folder] = super().ls(path, detail=True)
+        return list(self.dircache[folder])
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        name = self._name(path)
+        folder = name.rpartition("/")[0]
+        if folder in self.dircache and all(e["name"] != name for e in self.dircache[folder]):
+            raise FileNotFoundError(path)
+        return super().info(path)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.pop(self._name(path or ""), None)
+
+
+def test_a_shared_file_is_found_that_came_after_the_last_listing(store: StoreState) -> None:
+    disk = ObjectDisk(CachingStore("tested"), {})
+    store.change(f"{BELOW}{SHARED_FOLDER}/__0_0-a.distcp", b"1")
+    assert disk.names(f"{BELOW}{SHARED_FOLDER}") == ["__0_0-a.distcp"]
+    store.change(f"{BELOW}{SHARED_FOLDER}/__0_0-b.distcp", b"12")
+    step, name = f"{BELOW}{step_name(1)}", shared_name("__0_0-b.distcp")
+    with disk.open(step, name) as file:
+        assert file.size == 2
+    store.change(f"{BELOW}{SHARED_FOLDER}/__0_0-c.distcp", b"123")
+    assert disk.names(f"{BELOW}{SHARED_FOLDER}")[1:] == ["__0_0-b.distcp", "__0_0-c.distcp"]
+    store.change(f"{BELOW}{SHARED_FOLDER}/__0_0-d.distcp", b"1234")
+    assert disk.exists(step, shared_name("__0_0-d.distcp"))
