@@ -19,6 +19,8 @@ import errno
 import os
 import re
 
+from pytest_dcp.errors import CheckpointFileMissingError
+
 SHARED_FOLDER = "shared-data"
 """Beside the folders of the steps."""
 PREFIX = f"../{SHARED_FOLDER}/"
@@ -51,6 +53,12 @@ def save_part(name: str) -> str | None:
 def why_missing(name: str) -> str:
     """Words to add to the message that this data file of an index is missing."""
     return "" if own_name(name) is None else f": {HOW_TO_COPY}"
+
+
+def missing_data_file(name: str, entry: str | None = None) -> CheckpointFileMissingError:
+    """The error of a data file, by its name in an index, that is missing."""
+    reason = f"the data file is missing{why_missing(name)}"
+    return CheckpointFileMissingError(reason, file=name, entry=entry)
 
 
 def missing_file(name: str, path: object) -> FileNotFoundError:

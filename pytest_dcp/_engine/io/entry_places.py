@@ -44,7 +44,7 @@ import torch
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.entry import tensor_frame
 from pytest_dcp._engine.format.entry_locator import locate, locate_wrapper
-from pytest_dcp._engine.format.shared_names import why_missing
+from pytest_dcp._engine.format.shared_names import missing_data_file
 from pytest_dcp._engine.io.disk import In
 from pytest_dcp._engine.io.folder import Folder
 from pytest_dcp._engine.plan.boxes import Ints
@@ -54,7 +54,6 @@ from pytest_dcp._engine.unpickle import UnknownGlobalError
 from pytest_dcp._engine.unpickle.opaque_tensors import OpaqueWrapper
 from pytest_dcp.errors import (
     CheckpointCorruptError,
-    CheckpointFileMissingError,
     CheckpointMismatchError,
 )
 
@@ -93,9 +92,7 @@ def resolve_entry_places(
                         file, catalog, row, found, whole=row in values
                     )
         except FileNotFoundError as error:
-            raise CheckpointFileMissingError(
-                f"the data file is missing{why_missing(name)}", file=name
-            ) from error
+            raise missing_data_file(name) from error
     found.catalog = replace(
         catalog, places=replace(places, data_start=data_start, data_nbytes=data_nbytes)
     )

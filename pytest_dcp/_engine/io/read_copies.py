@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pytest_dcp._engine.format.catalog import Catalog
 from pytest_dcp._engine.format.memory_limit import DEFAULT_LIMIT, MemoryLimit
-from pytest_dcp._engine.format.shared_names import why_missing
+from pytest_dcp._engine.format.shared_names import missing_data_file
 from pytest_dcp._engine.io.checked_ranges import ByteCounts, RangeReader, Verify
 from pytest_dcp._engine.io.copy_plan import Copies, runs, slabs, span_of, starts
 from pytest_dcp._engine.io.folder import Folder
@@ -34,7 +34,7 @@ from pytest_dcp._engine.io.tensor_memory import memory_at, memory_of, strided_te
 from pytest_dcp._engine.io.threads import StopFlag, run_all
 from pytest_dcp._engine.plan.boxes import Ints
 from pytest_dcp._engine.plan.columns import ReadItems
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
+from pytest_dcp.errors import CheckpointCorruptError
 
 RUN_BYTES = 4096
 """Runs of at least this size are read one by one; for shorter ones a read costs more than a
@@ -124,9 +124,7 @@ def _read_part(request: CopyRequest, rows: Ints, stop: StopFlag) -> ByteCounts:
             return reader.tally
     except FileNotFoundError as error:
         key = catalog.index.key_of[copies.entry[rows[0]]]
-        raise CheckpointFileMissingError(
-            f"the data file is missing{why_missing(name)}", file=name, entry=catalog.index.fqns[key]
-        ) from error
+        raise missing_data_file(name, catalog.index.fqns[key]) from error
 
 
 def _read_boxes(reader: RangeReader, boxes: _BoxReader, copies: Copies, rows: Ints) -> None:
@@ -324,9 +322,7 @@ def _visit_values(
                     _check_inside(reader, row)
                 visit(reader, rows)
         except FileNotFoundError as error:
-            raise CheckpointFileMissingError(
-                f"the data file is missing{why_missing(name)}", file=name
-            ) from error
+            raise missing_data_file(name) from error
 
 
 def _check_inside(reader: RangeReader, row: int) -> None:

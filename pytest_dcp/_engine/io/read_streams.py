@@ -16,10 +16,10 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
-from pytest_dcp._engine.format.shared_names import why_missing
+from pytest_dcp._engine.format.shared_names import missing_data_file
 from pytest_dcp._engine.io.progress_observer import Observer
 from pytest_dcp._engine.io.transformed_entries import ROOM_BYTES, read_at_most, tensor_in
-from pytest_dcp.errors import CheckpointCorruptError, CheckpointFileMissingError
+from pytest_dcp.errors import CheckpointCorruptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,7 @@ def read_streams(
                     observer.advance(len(entry))
                     _deliver(item, entry, planner)
         except FileNotFoundError as error:
-            raise CheckpointFileMissingError(
-                f"the data file is missing{why_missing(name)}", file=name
-            ) from error
+            raise missing_data_file(name) from error
     return total
 
 
