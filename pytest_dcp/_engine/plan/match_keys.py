@@ -61,7 +61,7 @@ Dtype = torch.dtype | type
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Results of one rank;"""
+    """What one rank loaded, and how its keys matched the checkpoint's."""
 
     missing: tuple[str, ...] = ()
     """Requested but not in the checkpoint: left unchanged."""

@@ -68,6 +68,9 @@ def flatten(
     if not TEXT.issuperset(map(type, state_dict)):
         _check_keys((), state_dict)
         note((), dict(state_dict))
+    elif all(issubclass(kind, torch.Tensor) for kind in set(map(type, state_dict.values()))):
+        # It is flat already, as many are: the walk would make three calls for each tensor.
+        return dict(state_dict.items()), {key: (key,) for key in state_dict}
 
     def visit(path: Path, value: Any) -> None:
         fqn = str(path[0]) if len(path) == 1 else ".".join(map(str, path))
