@@ -44,6 +44,9 @@ CHECKED_RUN_BYTES = 1 << 18
 STAGING_BYTES = 4 << 20
 WINDOW_BYTES = 16 << 20
 """Bytes of a file mapped at a time (cached pages). Smaller windows cost a third more."""
+BYTES_PER_THREAD = 16 << 20
+"""Below twice this, a second thread costs more than it reads: it must start, and the threads wait
+for each other to run Python. It gained from 32 MiB on where every byte came from the page cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,25 @@ class ReadSettings:
 
     verify: Verify = "auto"
     threads: int = 1
+    """At most."""
+    bytes_per_thread: int = 0
+    """A thread for each so many bytes of copies, and at least one; 0: all threads for any bytes."""
     staging_bytes: int = STAGING_BYTES
     """Bytes of the file read at a time if it cannot be mapped."""
     window_bytes: int = WINDOW_BYTES
     """Bytes of the file mapped at a time."""
     memory: MemoryLimit = DEFAULT_LIMIT
     """The limit for values that are decompressed or lie in sparse files."""
+
+    def threads_for(self, nbytes: int) -> int:
+        """How many threads copy this many bytes.
+
+        >>> ReadSettings(threads=4, bytes_per_thread=100).threads_for(250)
+        2
+        """
+        if not self.bytes_per_thread:
+            return self.threads
+        return max(1, min(self.threads, nbytes // self.bytes_per_thread))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +94,8 @@ def read_copies(request: CopyRequest) -> ByteCounts:
 
     Raises CheckpointCorruptError naming file, entry and offset.
     """
-    catalog, copies, threads = request.catalog, request.copies, request.settings.threads
+    catalog, copies = request.catalog, request.copies
+    threads = request.settings.threads_for(int(copies.nbytes.sum()))
     places = catalog.places
     file = places.file[copies.entry]
     nowhere = np.flatnonzero((file < 0) & (copies.nbytes > 0))

@@ -19,7 +19,7 @@ from pytest_dcp._engine.format.catalog import Catalog, EntryPlaces
 from pytest_dcp._engine.format.memory_limit import MemoryLimit
 from pytest_dcp._engine.io.checked_ranges import Verify
 from pytest_dcp._engine.io.commit import metadata_name
-from pytest_dcp._engine.io.disk import Disk
+from pytest_dcp._engine.io.disk import Disk, is_remote
 from pytest_dcp._engine.io.entry_places import (
     LocatedEntries,
 )
@@ -28,7 +28,7 @@ from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.open_files import OpenFiles
 from pytest_dcp._engine.io.plan_entries import files_of
 from pytest_dcp._engine.io.progress_observer import observer
-from pytest_dcp._engine.io.read_copies import ReadSettings
+from pytest_dcp._engine.io.read_copies import BYTES_PER_THREAD, ReadSettings
 from pytest_dcp._engine.io.read_streams import Streams, read_streams
 from pytest_dcp._engine.io.stored_items import ItemSource
 from pytest_dcp._engine.io.transforms import FileSlice, StorageReaderTransforms
@@ -77,7 +77,8 @@ class FileSystemReader(FolderOfCheckpoint, ReadsForOthers, StorageReader):
         verify: "auto" checks every block of 64 KiB that is read whole, "full" reads blocks whole
             so that every byte is checked, "off" checks nothing. Only our own checkpoints have
             checksums.
-        thread_count: threads that read; None: as many as there are cores for this rank, at most 4.
+        thread_count: threads that read; None: as many as there are cores for this rank, at most 4,
+            and on a local disk only as many as pay for the bytes to read.
         max_decoded_bytes: the most memory that reading `.metadata` or a compressed value may take;
             None: 64 MiB, plus 20 bytes for each byte stored. Raise it for a checkpoint that you
             trust.
@@ -309,12 +310,22 @@ class FileSystemReader(FolderOfCheckpoint, ReadsForOthers, StorageReader):
         source = ItemSource(
             self._folder(),
             catalog,
-            ReadSettings(self.verify, self.thread_count or reader_threads(), memory=self.memory),
+            self._read_settings(),
             self.transforms.extension_registry,
             observer("load"),
             located,
         )
         return resolve(source, ReadItems.of(plan.items), planner, capabilities)
+
+    def _read_settings(self) -> ReadSettings:
+        # Over a network a thread waits more than it copies: all of them, however few the bytes.
+        chosen = self.thread_count is not None or is_remote(self._disk(), self.path)
+        return ReadSettings(
+            self.verify,
+            self.thread_count or reader_threads(),
+            bytes_per_thread=0 if chosen else BYTES_PER_THREAD,
+            memory=self.memory,
+        )
 
     def _overrides_streams(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""
