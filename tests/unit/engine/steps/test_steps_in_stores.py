@@ -148,6 +148,51 @@ def test_a_removal_frees_files_that_no_other_step_has(store: StoreState) -> None
     assert len(shared_in(store)) == 2
 
 
+# Removals beside a reader.
+
+
+def remove_when_read(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int) -> None:
+    """At the first request for an object whose name has this in it, another process removes the
+    steps after this one."""
+    cat_file = RunStore.cat_file
+
+    def cat_after_removal(store: RunStore, path: str, *args: Any, **keywords: Any) -> bytes:
+        if name in path:
+            monkeypatch.undo()
+            with manager_of_store() as other:
+                other.remove_after(after)
+        return cat_file(store, path, *args, **keywords)
+
+    monkeypatch.setattr(RunStore, "cat_file", cat_after_removal)
+
+
+@pytest.mark.parametrize("name", [f"{step_name(2)}/{METADATA}", SHARED_FOLDER])
+def test_the_step_before_is_loaded_if_the_newest_is_removed_meanwhile(
+    name: str, store: StoreState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has seen the index, or begins to read the data."""
+    save_to_store(1, 2)
+    state = blank_like(mostly_frozen(2))
+    with manager_of_store() as manager:
+        remove_when_read(monkeypatch, name, after=1)
+        found = manager.load_latest(state)
+    assert found is not None
+    assert (steps_in(store), found.number, state["step"]) == ([1], 1, 1)
+    assert torch.equal(state["frozen"], SHARED)
+    assert torch.equal(state["moving"], mostly_frozen(1)["moving"])
+
+
+def test_an_open_step_that_is_removed_names_the_file_it_lacks(store: StoreState) -> None:
+    """What other steps have, too, is still read."""
+    save_to_store(1, 2)
+    with dcp.open(f"{RUN}/{step_name(2)}", storage_options=OPTIONS) as second:
+        with manager_of_store() as other:
+            other.remove_after(1)
+        assert torch.equal(second["frozen"].tensor(), SHARED)
+        with pytest.raises(CheckpointCorruptError, match="the data file is missing"):
+            second["moving"].tensor()
+
+
 def save_remove_and_save() -> None:
     """Two incremental saves with removals between them, and a removal of later steps."""
     save_to_store(1, 2, 3, keep_last=2)
