@@ -250,6 +250,8 @@ class Work:
 
     def _prepare_numbers(self, rows: Ints, misfits: list[CheckpointMismatchError]) -> None:
         """Read items that the planner copies from temporary tensors."""
+        if not len(rows):
+            return  # as in most loads, which would plan copies for nothing
         planner = self.planner
         places = self.stored.catalog.places
         decoded = np.isin(self.items.entry[rows], list(places.transforms))
