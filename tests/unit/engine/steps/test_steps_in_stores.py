@@ -21,6 +21,7 @@ from pytest_dcp._engine.format.shared_names import SHARED_FOLDER, own_name, shar
 from pytest_dcp._engine.io.commit import METADATA
 from pytest_dcp._engine.io.local_disk import LocalDisk
 from pytest_dcp._engine.io.object_disk import ObjectDisk
+from pytest_dcp._engine.steps import load_step
 from pytest_dcp._engine.steps.clean_run import remove_leftovers
 from pytest_dcp._engine.steps.known_steps import KnownSteps
 from pytest_dcp._engine.steps.retention import RetentionPolicy
@@ -151,10 +152,10 @@ def test_a_removal_frees_files_that_no_other_step_has(store: StoreState) -> None
 # Removals beside a reader.
 
 
-def remove_when_read(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int) -> None:
-    """At the first request for an object whose name has this in it, another process removes the
-    steps after this one."""
-    cat_file = RunStore.cat_file
+def remove_when_loaded(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int) -> None:
+    """Once a step has been chosen and is loaded, at the first request for an object whose name has
+    this in it, another process removes the steps after this one."""
+    cat_file, load = RunStore.cat_file, load_step.load
 
     def cat_after_removal(store: RunStore, path: str, *args: Any, **keywords: Any) -> bytes:
         if name in path:
@@ -163,7 +164,11 @@ def remove_when_read(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int) 
                 other.remove_after(after)
         return cat_file(store, path, *args, **keywords)
 
-    monkeypatch.setattr(RunStore, "cat_file", cat_after_removal)
+    def load_beside_removal(*args: Any, **keywords: Any) -> Any:
+        monkeypatch.setattr(RunStore, "cat_file", cat_after_removal)
+        return load(*args, **keywords)
+
+    monkeypatch.setattr(load_step, "load", load_beside_removal)
 
 
 @pytest.mark.parametrize("name", [f"{step_name(2)}/{METADATA}", SHARED_FOLDER])
@@ -174,7 +179,7 @@ def test_the_step_before_is_loaded_if_the_newest_is_removed_meanwhile(
     save_to_store(1, 2)
     state = blank_like(mostly_frozen(2))
     with manager_of_store() as manager:
-        remove_when_read(monkeypatch, name, after=1)
+        remove_when_loaded(monkeypatch, name, after=1)
         found = manager.load_latest(state)
     assert found is not None
     assert (steps_in(store), found.number, state["step"]) == ([1], 1, 1)
