@@ -46,7 +46,7 @@ from pytest_dcp._engine.lazy_reading.open_catalog import open_catalog
 from pytest_dcp._engine.lazy_reading.torch_save_contents import TorchSaveContents
 from pytest_dcp._engine.plan.box_coverage import problems_of
 from pytest_dcp._engine.plan.boxes import volumes
-from pytest_dcp._engine.storages.folder_reader import checked_verify, reader_threads
+from pytest_dcp._engine.storages.folder_reader import checked_verify, read_settings
 from pytest_dcp.errors import NotACheckpointError, UnknownNameError
 from pytest_dcp.tracebacks import drop_inner_frames
 
@@ -282,10 +282,8 @@ def open_checkpoint(
     location = locate_checkpoint(
         path, rank=rank, follow_links=follow_links, storage_options=storage_options
     )
-    settings = ReadSettings(
-        checked_verify(verify),
-        thread_count or reader_threads(),
-        memory=MemoryLimit(max_decoded_bytes),
+    settings = read_settings(
+        location.folder, checked_verify(verify), thread_count, MemoryLimit(max_decoded_bytes)
     )
     contents = _open_contents(location, settings, rank)
     opening = {

@@ -310,22 +310,12 @@ class FileSystemReader(FolderOfCheckpoint, ReadsForOthers, StorageReader):
         source = ItemSource(
             self._folder(),
             catalog,
-            self._read_settings(),
+            read_settings(self._folder(), self.verify, self.thread_count, self.memory),
             self.transforms.extension_registry,
             observer("load"),
             located,
         )
         return resolve(source, ReadItems.of(plan.items), planner, capabilities)
-
-    def _read_settings(self) -> ReadSettings:
-        # Over a network a thread waits more than it copies: all of them, however few the bytes.
-        chosen = self.thread_count is not None or is_remote(self._disk(), self.path)
-        return ReadSettings(
-            self.verify,
-            self.thread_count or reader_threads(),
-            bytes_per_thread=0 if chosen else BYTES_PER_THREAD,
-            memory=self.memory,
-        )
 
     def _overrides_streams(self) -> bool:
         """Whether a subclass's hook is called between a file and its entries."""
@@ -362,6 +352,20 @@ def checked_verify(verify: str) -> Verify:
     if verify not in ("auto", "full", "off"):
         raise ValueError(f"verify must be 'auto', 'full' or 'off', got {verify!r}")
     return cast(Verify, verify)
+
+
+def read_settings(
+    folder: Folder, verify: Verify, thread_count: int | None, memory: MemoryLimit
+) -> ReadSettings:
+    """How to read this folder's data; thread_count: as for FileSystemReader."""
+    # Over a network a thread waits more than it copies: all of them, however few the bytes.
+    use_all = thread_count is not None or is_remote(folder.disk, folder.path)
+    return ReadSettings(
+        verify,
+        thread_count or reader_threads(),
+        bytes_per_thread=0 if use_all else BYTES_PER_THREAD,
+        memory=memory,
+    )
 
 
 def reader_threads() -> int:

@@ -175,7 +175,7 @@ def remove_when_loaded(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int
 def test_the_step_before_is_loaded_if_the_newest_is_removed_meanwhile(
     name: str, store: StoreState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader has seen the index, or begins to read the data."""
+    """The load is about to read the index, or has read it and begins with the data."""
     save_to_store(1, 2)
     state = blank_like(mostly_frozen(2))
     with manager_of_store() as manager:

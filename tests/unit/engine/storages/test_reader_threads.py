@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ CORES = 4
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The threads of each read, on a rank of four cores, where 1,000 bytes pay for a thread."""
     seen: list[int] = []
     run_all = read_copies.run_all
@@ -53,6 +52,14 @@ def test_a_thread_must_pay_for_itself(
     """Few bytes are read by the caller's own thread."""
     load(tmp_path, nbytes // 4)
     assert started == [threads]
+
+
+def test_an_open_checkpoint_reads_by_the_same_rule(tmp_path: Path, started: list[int]) -> None:
+    """Its tensors are mostly small, too."""
+    load(tmp_path, 1)
+    with dcp.open(tmp_path) as found:
+        assert found["w"].tensor() == 0
+    assert started == [1, 1]
 
 
 def test_a_chosen_number_is_kept(tmp_path: Path, started: list[int]) -> None:
